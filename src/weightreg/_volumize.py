@@ -1,0 +1,354 @@
+"""Volumization: weights outside a box are pulled to its wall after each step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.core import Tracer
+from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
+
+from weightreg._moments import map_moments, took_step
+from weightreg._reach import SUPPORTED, compute_dtype, land, reach, round_to
+from weightreg._trees import show_path
+from weightreg._volumes import Number, VolumeRule, at, check_volume, resolve
+from weightreg._weights import Dims, Mask, mask_leaves
+
+
+class VolumizeState(NamedTuple):
+    """State of `volumize`.
+
+    Attributes:
+      count: Steps taken, for schedules; int32 scalar.
+    """
+
+    count: jax.typing.ArrayLike
+
+
+class VolumizedState(NamedTuple):
+    """State of `volumized`.
+
+    Attributes:
+      count: Steps taken, for schedules; int32 scalar.
+      inner_state: State of the wrapped optimizer, first moments damped.
+    """
+
+    count: jax.typing.ArrayLike
+    inner_state: optax.OptState
+
+
+def volumize(
+    volume: Any, alpha: Number, *, mask: Mask = None, dims: Dims = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Pulls weights that leave the box ``[-V, V]`` to its wall.
+
+    With :math:`\hat w = w + u` the weight that the updates propose,
+
+    .. math::
+      w \leftarrow \begin{cases}
+        \hat w + (1 - \alpha) (V \, \mathrm{sgn}(\hat w) - \hat w)
+          & |\hat w| > V \\
+        \hat w & \text{otherwise.}
+      \end{cases}
+
+    This transformation changes weights only. `volumized` damps the optimizer's
+    momentum too, which is the method of the paper.
+
+    ``alpha = 1`` leaves the updates as they are, bit for bit, and so does
+    ``V = inf``. ``0 < alpha < 1`` is a soft wall; with ``V = 0`` it is weight decay by
+    ``1 - alpha``, applied after the step and not scaled by the learning rate.
+    ``alpha = 0`` is a projection onto the box: after ``optax.apply_updates`` every
+    weight satisfies ``abs(w) <= V`` in its own dtype (V rounded to that dtype), sitting
+    on the wall wherever some update reaches it and else at the nearest value inside
+    that one reaches. ``alpha < 0`` reflects: the result lies in the box if
+    :math:`|\hat w| \le V (1 + 2 / |\alpha|)`, and is not clamped otherwise.
+    ``alpha = -1`` is the elastic wall; with ``V = 0`` it flips every sign each step.
+
+    .. warning::
+      It must be the last link of a chain. Updates that a later link changes do not
+      land on the wall.
+
+    Args:
+      volume: The wall ``V >= 0``, in units of the weights. A number; a tree that
+        matches the parameters or a prefix of them; or a function of the parameters
+        that makes such a tree, as `he_volume` and `lipschitz_volume` do. Numbers may
+        be floats, schedules, and arrays that broadcast to the weight, traced ones too.
+      alpha: In [-1, 1]: a number, a schedule or a traced scalar.
+      mask: Which leaves to volumize: a tree of booleans, or a function of the
+        parameters that makes one. By default all weights, as `weight_mask` says.
+      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+
+    Returns:
+      A transformation that needs ``params``. Updates keep their dtype, except that
+      one narrower than the parameter's is widened to it: steps as coarse as that
+      cannot reach the box.
+
+    Raises:
+      ValueError: On construction or in ``init``: ``alpha`` outside [-1, 1], ``V``
+        negative or NaN, trees that do not match, a rule for a leaf without fans. In
+        ``update``: ``params`` not passed.
+      TypeError: A masked leaf is no floating-point array of 16, 32 or 64 bits.
+
+    References:
+      Ziyin, Wang, Yamada, Ueda, Volumization as a Natural Generalization of Weight
+      Decay, 2020, Algorithm 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import weightreg as wr
+      >>> tx = optax.chain(optax.sgd(1.0), wr.volumize(0.5, alpha=0.0))
+      >>> params = {"kernel": jnp.array([[0.1, 0.4]]), "bias": jnp.array([0.4, 0.4])}
+      >>> grads = {"kernel": jnp.array([[0.2, -0.3]]), "bias": jnp.array([-1.0, 0.0])}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"]
+      Array([[-0.1,  0.5]], dtype=float32)
+    """
+    _check(volume, alpha)
+
+    def init_fn(params):
+        _resolve(volume, params, mask, dims)
+        return VolumizeState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        box = _Box(volume, alpha, params, mask, dims, state.count)
+        updates, _ = box.confine(updates)
+        return updates, VolumizeState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def volumized(
+    optimizer: optax.GradientTransformation,
+    volume: Any,
+    alpha: Number,
+    *,
+    mask: Mask = None,
+    dims: Dims = None,
+    require_momentum: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Makes any optimizer a volumized one: weights and momentum.
+
+    With :math:`\hat w` and :math:`\hat m` the weight and the first moment after the
+    optimizer's own step, where :math:`|\hat w| > V`
+
+    .. math::
+      w \leftarrow \hat w + (1 - \alpha) (V \, \mathrm{sgn}(\hat w) - \hat w),
+      \qquad m \leftarrow \alpha \hat m,
+
+    and otherwise nothing changes; nor does any other state of the optimizer.
+    `volumize` says what ``alpha`` and ``V`` mean and what is exact.
+
+    The first moment is ``mu`` of the Adam family, Lion and Muon, ``m`` of Adan,
+    ``trace`` of SGD and RMSProp with momentum, and so on for all of Optax. It is
+    found through ``chain``, ``masked``, ``partition``, ``inject_hyperparams``,
+    ``MultiSteps``, ``apply_if_finite`` and ``flatten``; and in optimizers of other
+    packages where a field ``mu`` or ``trace`` of a state (a ``NamedTuple``) has the
+    structure of the parameters. Where ``MultiSteps`` or ``apply_if_finite`` inside of
+    ``optimizer`` puts a step off, nothing is volumized, and schedules wait.
+
+    .. warning::
+      ``optax.flatten`` must be inside of ``volumized``: around it, it hides which
+      parameters are weights. Nothing that changes updates may come after it.
+
+    Args:
+      optimizer: Any Optax optimizer, learning rate included.
+      volume: As in `volumize`.
+      alpha: As in `volumize`.
+      mask: As in `volumize`.
+      dims: As in `volumize`.
+      require_momentum: Whether a volumized weight without a first moment (plain SGD,
+        RMSProp) is an error. ``False`` says that it is meant.
+
+    Returns:
+      An optimizer that needs ``params``. Its state keeps its dtypes and shardings.
+
+    Raises:
+      ValueError: As in `volumize`; and in ``init``, a volumized weight has no first
+        moment though ``require_momentum``.
+      TypeError: As in `volumize`.
+
+    References:
+      Ziyin, Wang, Yamada, Ueda, Volumization as a Natural Generalization of Weight
+      Decay, 2020, Algorithm 1 (2 to 4 for SGD, Adam and LaProp).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import weightreg as wr
+      >>> tx = wr.volumized(optax.sgd(1.0, momentum=0.9), volume=0.5, alpha=0.5)
+      >>> params = jnp.array([[0.1, 0.4]])
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jnp.array([[0.2, -0.3]]), state, params)
+      >>> optax.apply_updates(params, updates)  # 0.4 + 0.3 is outside: half way back
+      Array([[-0.1,  0.6]], dtype=float32)
+      >>> optax.tree.get(state, "trace")
+      Array([[ 0.2 , -0.15]], dtype=float32)
+    """
+    _check(volume, alpha)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params):
+        flags, _ = _resolve(volume, params, mask, dims)
+        inner = optimizer.init(params)
+        _, covered = map_moments(lambda _, m: m, inner, params)
+        if require_momentum:
+            _check_covered(flags, covered, params)
+        return VolumizedState(
+            count=jnp.zeros([], jnp.int32), inner_state=_strong(inner)
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        box = _Box(volume, alpha, params, mask, dims, state.count)
+        updates, inner = optimizer.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        stepped = took_step(updates, state.inner_state, inner)
+        updates, outside = box.confine(updates, stepped)
+
+        def damp(index: int, moment: jax.Array) -> jax.Array:
+            left = outside[index]
+            if left is None:
+                return moment
+            wide = moment.astype(compute_dtype(moment.dtype))
+            damped = _scaled(box.alpha(wide.dtype), wide).astype(moment.dtype)
+            return jnp.where(left, damped, moment)
+
+        inner, _ = map_moments(damp, inner, params)
+        count = jnp.where(stepped, optax.safe_increment(state.count), state.count)
+        return updates, VolumizedState(count=count, inner_state=_strong(inner))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Box:
+    """The walls and ``alpha`` of one step."""
+
+    def __init__(self, volume, alpha, params, mask, dims, count):
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        _, volumes = _resolve(volume, params, mask, dims)
+        self._volumes = [None if v is None else at(v, count) for v in volumes]
+        self._alpha = at(alpha, count)
+        self._params = params
+
+    def alpha(self, dtype) -> jax.Array:
+        return jnp.asarray(self._alpha, dtype)
+
+    def confine(self, updates: Any, stepped: jax.Array | bool = True):
+        """The updates that stay in the box, and where they would have left it."""
+        params, treedef = jax.tree.flatten(self._params)
+        try:
+            flat = treedef.flatten_up_to(updates)
+        except ValueError as error:
+            raise ValueError(
+                f"updates must have the structure of params: {error}"
+            ) from error
+        confined = list(flat)
+        outside: list[jax.Array | None] = [None] * len(flat)
+        for i, (p, u, volume) in enumerate(
+            zip(params, flat, self._volumes, strict=True)
+        ):
+            if volume is not None:
+                p, u = jnp.asarray(p), jnp.asarray(u)
+                if p.shape != u.shape:
+                    raise ValueError(
+                        f"updates and params differ in shape at leaf {i}: {u.shape} "
+                        f"and {p.shape}."
+                    )
+                confined[i], outside[i] = self._confine(p, u, volume, stepped)
+        return jax.tree.unflatten(treedef, confined), outside
+
+    def _confine(self, p, u, volume, stepped):
+        """One leaf. Comparisons are such that rounding cannot turn them.
+
+        XLA may contract a product inside of ``u`` and the sum with ``p`` to one
+        rounding here and to two in ``optax.apply_updates``. So the sign is read off
+        ``u > -p``, and with ``alpha = 0`` an update is held back also where it passes
+        the one that reaches the wall, whatever the sum says.
+        """
+        p_dtype, u_dtype = p.dtype, jnp.promote_types(p.dtype, u.dtype)
+        dtype = compute_dtype(u_dtype)
+        alpha = self.alpha(dtype)
+        wall = round_to(jnp.asarray(volume, dtype), p_dtype)
+        p, u = p.astype(dtype), u.astype(dtype)
+
+        positive = u > -p
+        proposed = land(p, u, p_dtype, u_dtype)
+        outside = (jnp.abs(proposed) > wall) & stepped
+        excess = jnp.where(outside, jnp.abs(proposed) - wall, 0)
+        target = round_to(wall + _scaled(alpha, excess), p_dtype)
+        target = jnp.where(positive, target, -target)
+        increment = reach(p, target, positive, p_dtype, u_dtype)
+
+        passes = jnp.where(positive, u > increment, u < increment)
+        moved = outside | (passes & (alpha == 0) & stepped)
+        kept = jnp.where(moved & (alpha != 1), increment, u)
+        return kept.astype(u_dtype), outside
+
+
+def _scaled(alpha: jax.Array, x: jax.Array) -> jax.Array:
+    """``alpha x``, but 0 for ``alpha = 0`` also where ``x`` is infinite."""
+    return jnp.where((alpha == 0) & jnp.isinf(x), 0, alpha * x)
+
+
+def _strong(state: Any) -> Any:
+    """Takes weak types off a state, so that its types never change between steps.
+
+    ``optax.adam`` starts with weak moments for weak parameters, and ends with strong.
+    """
+
+    def strong(x):
+        weak = isinstance(x, jax.Array) and x.aval.weak_type
+        return lax.convert_element_type(x, x.dtype) if weak else x
+
+    return jax.tree.map(strong, state)
+
+
+def _check(volume: Any, alpha: Any) -> None:
+    """Refuses what can be known to be wrong on construction."""
+    if jax.tree_util.all_leaves([volume]) and not isinstance(volume, VolumeRule):
+        check_volume("volume", volume)
+    if volume is None:
+        raise TypeError("volume must be a number, a tree or a function, not None.")
+    if callable(alpha) or isinstance(alpha, Tracer):
+        return
+    value = np.asarray(alpha)
+    if value.shape != () or not (
+        jnp.issubdtype(value.dtype, jnp.floating)
+        or jnp.issubdtype(value.dtype, jnp.integer)
+    ):
+        raise TypeError(f"alpha must be a scalar or a schedule, not {alpha!r}.")
+    if not -1 <= value <= 1:
+        raise ValueError(f"alpha must be in [-1, 1], but is {alpha}.")
+
+
+def _resolve(volume: Any, params: Any, mask: Mask, dims: Dims):
+    """Which leaves are volumized, and each leaf's volume."""
+    flags = mask_leaves(params, mask, dims)
+    for (path, leaf), flag in zip(
+        jax.tree_util.tree_leaves_with_path(params), flags, strict=True
+    ):
+        if flag and jnp.result_type(leaf) not in SUPPORTED:
+            raise TypeError(
+                f"volumize cannot handle {show_path(path)} of dtype "
+                f"{jnp.result_type(leaf)}, only "
+                f"{', '.join(jnp.dtype(d).name for d in SUPPORTED)}. Leave it out with "
+                "mask=."
+            )
+    return flags, resolve(volume, params, flags, mask, dims)
+
+
+def _check_covered(flags: list[bool], covered: set[int], params: Any) -> None:
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for index, (flag, (path, _)) in enumerate(zip(flags, paths, strict=True)):
+        if flag and index not in covered:
+            raise ValueError(
+                f"optimizer keeps no first moment for {show_path(path)}, so there is "
+                "none to damp. Give it momentum (optax.sgd(..., momentum=0.9)), leave "
+                "the leaf out with mask=, or pass require_momentum=False to volumize "
+                "the weights alone."
+            )
