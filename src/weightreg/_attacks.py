@@ -54,8 +54,9 @@ def fgsm(
     * **Budget.** Sums are rounded towards ``x``, so that no rounding leaves the ball:
       ``abs(x' - x) <= epsilon`` holds without a tolerance when computed in float32
       (float64 for float64 ``x``), to which ``epsilon`` is rounded. In the L2 norm the
-      rounding of the norm itself remains, a few parts in 1e7 for float32. Numbers below
-      the smallest normal one (1.2e-38 in float32) may count as zero.
+      rounding of the norm itself remains, a few parts in 1e7 for float32. Subnormal
+      numbers are rounded to nearest (float16, below 6.1e-5) or may count as zero (the
+      other dtypes, where they are beyond any use).
     * **Bounds.** ``x'`` is within the bounds (rounded to ``x``'s dtype) exactly. An
       ``x`` that is not is clipped into them first, and that is the point from which the
       attack starts and measures: ``epsilon = 0`` returns ``clip(x, low, high)``.
@@ -308,11 +309,12 @@ def _polar(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Directions and norms ``(batch, 1, ...)``; the direction of a zero is zero."""
     axes = tuple(range(1, vectors.ndim))
     largest = jnp.max(jnp.abs(vectors), axis=axes, keepdims=True, initial=0)
-    largest = jnp.where(largest > 0, largest, 1)
-    # Squares of what is left after this neither overflow nor all underflow
-    scaled = vectors / largest
+    # Scaled to one, for squares neither overflow nor underflow then; by a power of two,
+    # for XLA divides by multiplying with the inverse, which is zero above 2^126
+    _, exponent = jnp.frexp(largest)
+    scaled = jnp.ldexp(vectors, -exponent)
     norm = jnp.sqrt(jnp.sum(scaled**2, axis=axes, keepdims=True))
-    return scaled / jnp.maximum(norm, 1), largest * norm
+    return scaled / jnp.where(norm > 0, norm, 1), jnp.ldexp(norm, exponent)
 
 
 _GEOMETRIES = {
@@ -327,16 +329,18 @@ def _displace(
     """``x + delta`` within the bounds in ``x``'s dtype, rounded towards ``x``."""
     info = jnp.finfo(x.dtype)
     origin = x.astype(delta.dtype)
-    # Not astype: XLA may keep the excess precision of a half-precision intermediate
-    total = lax.reduce_precision(origin + delta, info.nexp, info.nmant)
-    # Rounding to nearest may have gone past x + delta, or to infinity. One of the two
-    # differences is exact (that from the larger summand, Dekker 1971), and the other,
-    # rounding being monotone, is never wrong when it finds the total beyond
+    total = origin + delta
+    # Not astype: XLA may keep the excess precision of an intermediate in half precision
+    nearest = lax.reduce_precision(total, info.nexp, info.nmant)
+    # That may be past x + delta, or infinite. One of the two differences is exact (that
+    # from the larger summand, Dekker 1971), and the other, rounding being monotone, is
+    # never wrong when it finds the total beyond
     beyond = jnp.where(
         delta > 0,
-        (total - origin > delta) | (total - delta > origin),
-        (total - origin < delta) | (total - delta < origin),
+        (nearest - origin > delta) | (nearest - delta > origin),
+        (nearest - origin < delta) | (nearest - delta < origin),
     )
+    # But astype here: reduce_precision rounds subnormal numbers to zero
     total = total.astype(x.dtype)
     return jnp.clip(jnp.where(beyond, jnp.nextafter(total, x), total), low, high)
 

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -79,6 +80,7 @@ def scale_by_laprop(
         count = optax.safe_increment(state.count)
 
         def step(g, mu, nu):
+            chex.assert_equal_shape([g, mu, nu])  # would broadcast otherwise
             dtype = nu.dtype
             g_wide, mu_wide = g.astype(dtype), mu.astype(dtype)
             nu = (b2 * nu + (1 - b2) * g_wide**2).astype(dtype)

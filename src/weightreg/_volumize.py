@@ -240,7 +240,8 @@ class _Box:
 
     def confine(self, updates: Any, stepped: jax.Array | bool = True):
         """The updates that stay in the box, and where they would have left it."""
-        params, treedef = jax.tree.flatten(self._params)
+        paths = jax.tree_util.tree_leaves_with_path(self._params)
+        treedef = jax.tree.structure(self._params)
         try:
             flat = treedef.flatten_up_to(updates)
         except ValueError as error:
@@ -249,17 +250,16 @@ class _Box:
             ) from error
         confined = list(flat)
         outside: list[jax.Array | None] = [None] * len(flat)
-        for i, (p, u, volume) in enumerate(
-            zip(params, flat, self._volumes, strict=True)
-        ):
-            if volume is not None:
-                p, u = jnp.asarray(p), jnp.asarray(u)
-                if p.shape != u.shape:
-                    raise ValueError(
-                        f"updates and params differ in shape at leaf {i}: {u.shape} "
-                        f"and {p.shape}."
-                    )
-                confined[i], outside[i] = self._confine(p, u, volume, stepped)
+        for i, ((path, p), volume) in enumerate(zip(paths, self._volumes, strict=True)):
+            if volume is None:
+                continue
+            p, u = jnp.asarray(p), jnp.asarray(flat[i])
+            if p.shape != u.shape:
+                raise ValueError(
+                    f"updates has shape {u.shape} at {show_path(path)}, where params "
+                    f"has {p.shape}."
+                )
+            confined[i], outside[i] = self._confine(p, u, volume, stepped)
         return jax.tree.unflatten(treedef, confined), outside
 
     def _confine(self, p, u, volume, stepped):

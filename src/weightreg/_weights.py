@@ -4,10 +4,11 @@ Every method of this library asks here, and no method looks at a leaf's name or
 rank by itself.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ Dims: TypeAlias = Any | Callable[[Any], Any] | None
 _NOT_WEIGHTS = frozenset({"bias", "scale"})
 
 
-class WeightLayer(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class WeightLayer:
     """One weight of a network: a leaf of the parameters, and the roles of its axes.
 
     Attributes:
