@@ -225,7 +225,7 @@ def as_fractions(array):
     return [Fraction(float(entry)) for entry in np.asarray(array).ravel()]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(attacked_inputs(), st.sampled_from(("fgsm", "pgd")), st.sampled_from(NORMS))
 def test_budget_and_bounds_hold_for_any_input(inputs, name, norm):
     x, y, epsilon, (low, high) = inputs
@@ -270,8 +270,10 @@ def assert_never_weaker(got, clean, y):
         for point in (clean, got)
     )
     # In and out of the attack the compiler may round the same sum differently
-    terms = quadratic_loss(*(np.abs(np.asarray(a, np.float64)) for a in (got, y)))
-    slack = 8 * float(jnp.finfo(got.dtype).eps) * np.asarray(terms)
+    a, b = (np.abs(np.asarray(array, np.float64)) for array in (got, y))
+    # NumPy, not quadratic_loss: 1e60 is no float32
+    terms = np.sum(a * b + a * a, axis=tuple(range(1, a.ndim)))
+    slack = 8 * float(jnp.finfo(got.dtype).eps) * terms
     finite = np.isfinite(before) & np.isfinite(after)
     assert np.all(after[finite] >= (before - slack)[finite])
     assert np.all(after[before == np.inf] == np.inf)
@@ -390,7 +392,7 @@ def test_more_steps_and_restarts_never_weaken(norm):
 
     @jax.jit
     def strength(steps, restarts):
-        got = pgd(
+        got = wr.pgd(
             wavy_loss,
             x,
             y,
@@ -403,8 +405,6 @@ def test_more_steps_and_restarts_never_weaken(norm):
         )
         return wavy_loss(got, y)
 
-    for steps in (strength(0, 1), strength(1, 1)), (strength(1, 1), strength(2, 1)):
-        assert np.all(steps[1] >= steps[0])
     by_steps = np.stack([wavy_loss(x, y)] + [strength(n, 1) for n in range(7)])
     by_restarts = np.stack([strength(3, n) for n in range(1, 7)])
     assert np.all(np.diff(by_steps, axis=0) >= -1e-5)
@@ -559,12 +559,14 @@ def test_steps_and_restarts_are_loops():
 
 def test_traced_steps_equal_static_ones():
     network, x, y = problem(TwoLayers)
+    arguments = (loss_of(network), jnp.asarray(x), y, 0.2)
+    key = jax.random.key(0)
+    traced = jax.jit(
+        lambda n, r: wr.pgd(*arguments, steps=n, restarts=r, key=key, step_size=0.1)
+    )
     for steps in (0, 3):
-        run = functools.partial(
-            wr.pgd, loss_of(network), jnp.asarray(x), y, 0.2, key=jax.random.key(0)
-        )
-        traced = jax.jit(lambda n, r, run=run: run(steps=n, restarts=r))(steps, 2)
-        np.testing.assert_allclose(traced, run(steps=steps, restarts=2), atol=1e-6)
+        static = pgd(*arguments, steps=steps, restarts=2, key=key, step_size=0.1)
+        np.testing.assert_allclose(traced(steps, 2), static, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -669,7 +671,7 @@ def test_runs_sharded_over_devices(key):
         drawn = None if key is None else jax.random.key(key)
         return wr.pgd(wavy_loss, x, y, 0.1, steps=3, key=drawn, norm="l2")
 
-    expected = attack(x, y)
+    expected = jax.jit(attack)(x, y)
     spec = jax.sharding.PartitionSpec("data")
     kinds = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit)
     for kind in kinds:

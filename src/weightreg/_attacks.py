@@ -368,8 +368,7 @@ def _detached(loss: Loss, x: jax.Array, y: Any) -> Callable[[jax.Array], jax.Arr
                 f"loss: expected one number per example, shape {points.shape[:1]}, "
                 f"got shape {value.shape}; it must not sum or average over the batch"
             )
-        # Drops a weak type, which would not fit the loops' carry
-        return jnp.asarray(value, dtype=_canonical(value.dtype))
+        return jnp.asarray(value)
 
     # stop_gradient on the result alone would still have the loops differentiated with
     # respect to the parameters inside `loss`, at several times the cost, to no use

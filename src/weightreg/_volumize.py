@@ -285,7 +285,8 @@ class _Box:
         increment = reach(p, target, positive, p_dtype, u_dtype)
 
         passes = jnp.where(positive, u > increment, u < increment)
-        moved = outside | (passes & (alpha == 0) & stepped)
+        hard = (alpha == 0) & (wall < jnp.inf) & stepped
+        moved = outside | (passes & hard)
         kept = jnp.where(moved & (alpha != 1), increment, u)
         return kept.astype(u_dtype), outside
 
