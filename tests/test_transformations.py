@@ -56,8 +56,9 @@ FACTORIES = {
     "volumized_laprop": functools.partial(named, wr.volumized_laprop),
     "laprop": lambda learning_rate, volume, alpha: wr.laprop(learning_rate),
 }
-# Those that differ in structure; enough where the base does not matter.
-FEW = ["volumized(sgd)", "volumized(adam)", "chain(adam, volumize)", "volumized_laprop"]
+# Ours, without the further optimizers to wrap; enough where the base does not matter.
+OURS = [name for name in FACTORIES if not name.startswith("volumized(")]
+OURS += ["volumized(sgd)", "volumized(adam)"]
 
 
 def tree(dtype=jnp.float32, shape=(8, 4)):
@@ -127,7 +128,7 @@ def test_types_and_structure_never_change(name, dtype):
 def test_weak_types_do_not_stay_in_the_state():
     params = {"kernel": jnp.full((3, 3), 1.0)}
     assert params["kernel"].aval.weak_type
-    for name in FEW:
+    for name in OURS:
         tx = FACTORIES[name](1e-2, 0.5, jnp.float32(0.9))
 
         def step(state, _, tx=tx):
@@ -176,7 +177,7 @@ def test_extra_arguments_reach_the_wrapped_optimizer():
 
 
 @pytest.mark.parametrize("params", [{}, None, (), {"a": None}, {"b": jnp.ones(3)}, 2.0])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", OURS)
 def test_trees_without_weights(name, params):
     params = jax.tree.map(jnp.asarray, params)
     tx = FACTORIES[name](1e-2, wr.he_volume(0.5), 0.9)
@@ -187,7 +188,7 @@ def test_trees_without_weights(name, params):
     chex.assert_trees_all_equal_structs(updates, params)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", OURS)
 def test_inject_hyperparams_equals_the_plain_one(name):
     params, grads = tree(), tree()
     plain, _ = run(FACTORIES[name](1e-2, 0.5, 0.9), params, grads)
@@ -206,7 +207,7 @@ def test_inject_hyperparams_equals_the_plain_one(name):
     )
     own, _ = run(FACTORIES[name](1e-2, shrinking, 0.9), params, grads)
     chex.assert_trees_all_close(scheduled, own, rtol=1e-6)
-    assert not np.allclose(own["kernel"], plain["kernel"])
+    assert name == "laprop" or not np.allclose(own["kernel"], plain["kernel"])
 
 
 def test_inject_hyperparams_with_a_rule_needs_static_args():
@@ -221,7 +222,7 @@ def test_inject_hyperparams_with_a_rule_needs_static_args():
         optax.inject_hyperparams(wr.volumize)(rule, alpha=0.5).init(params)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", OURS)
 def test_vmap_over_hyperparameters_equals_a_loop(name):
     params, grads = tree(), tree()
 
@@ -239,7 +240,7 @@ def test_vmap_over_hyperparameters_equals_a_loop(name):
         chex.assert_trees_all_close(one, go(volume, alpha), rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", OURS)
 def test_multi_steps_around(name):
     params, grads = tree(), tree()
     tx = FACTORIES[name](1e-2, 0.5, 0.5)
@@ -376,7 +377,7 @@ def test_keeps_the_sharding_of_eight_devices(name, axis_type):
     )
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", OURS)
 def test_inside_shard_map(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     params = {"kernel": tree()["kernel"]}

@@ -28,6 +28,10 @@ _FIELDS = {
 }
 _USUAL_FIELDS = ("mu", "trace")
 
+# Moments of projected gradients, in rotated axes even where the shapes agree; and
+# measurements, which no step depends on.
+_OPAQUE = frozenset({"GaLoreState", "MonitorState"})
+
 
 def _fields(node: Any) -> tuple[str, ...]:
     """The fields of a state that may be first moments."""
@@ -50,6 +54,7 @@ def map_moments(
     Returns:
       The new state, and the indices of the leaves that have a first moment.
     """
+    treedef = jax.tree.structure(params)
     paths = jax.tree_util.tree_leaves_with_path(params)
     index_of = {path: index for index, (path, _) in enumerate(paths)}
     shapes = [jnp.shape(leaf) for _, leaf in paths]
@@ -82,7 +87,7 @@ def map_moments(
         return jnp.concatenate(scaled)
 
     def map_node(node: Any) -> Any:
-        if not (moments := _fields(node)):
+        if stop(node) or not (moments := _fields(node)):
             return node
         new = {}
         for name in node._fields:
@@ -91,8 +96,14 @@ def map_moments(
             new[name] = walk(value) if scaled is None else scaled
         return type(node)(**new)
 
+    def stop(node: Any) -> bool:
+        # Parameters may themselves be named tuples with a field called mu.
+        return type(node).__name__ in _OPAQUE or jax.tree.structure(node) == treedef
+
     def walk(tree: Any) -> Any:
-        return jax.tree.map(map_node, tree, is_leaf=lambda node: bool(_fields(node)))
+        return jax.tree.map(
+            map_node, tree, is_leaf=lambda node: stop(node) or bool(_fields(node))
+        )
 
     return walk(state), covered
 
@@ -106,8 +117,10 @@ def took_step(updates: Any, before: Any, after: Any) -> jax.Array | bool:
       after: Its state after the step.
 
     Raises:
-      ValueError: Only some of the parameters' optimizers put off their steps.
+      ValueError: Only some of the parameters' optimizers put off their steps, or a
+        wrapper puts them off and does not tell.
     """
+    silent = (optax.ConditionallyMaskState, optax.contrib.SAMState)
     waits = (optax.MultiStepsState, optax.ApplyIfFiniteState)
     parts = (optax.transforms.PartitionState, optax.MaskedState)
 
@@ -115,6 +128,11 @@ def took_step(updates: Any, before: Any, after: Any) -> jax.Array | bool:
         is_kind = lambda node: isinstance(node, kinds)  # noqa: E731
         return [n for n in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(n)]
 
+    if find(after, silent):
+        raise ValueError(
+            "volumized cannot wrap conditionally_mask or sam, whose states do not tell "
+            "which updates are steps. Put them around volumized."
+        )
     if any(find(part, waits) for part in find(after, parts)):
         raise ValueError(
             "volumized cannot wrap MultiSteps or apply_if_finite inside of partition "

@@ -24,6 +24,16 @@ def is_hole(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
+def is_function(x: Any) -> bool:
+    """Whether an argument is a function, not a tree whose class can be called.
+
+    Equinox modules can be called, and a mask or a tree of volumes made of one too.
+    """
+    leaves = jax.tree.leaves(x)
+    all_callable = bool(leaves) and all(map(callable, leaves))
+    return callable(x) and (isinstance(x, jax.tree_util.Partial) or all_callable)
+
+
 def match(
     name: str,
     tree: Any,

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from weightreg._trees import is_hole, match, show_path
+from weightreg._trees import is_function, is_hole, match, show_path
 from weightreg._weights import Dims, Mask, WeightLayer, weight_layers
 
 Number: TypeAlias = jax.typing.ArrayLike | optax.Schedule
@@ -154,15 +154,19 @@ def lipschitz_volume(
     check_volume("bound", bound)
 
     def volumes(layers: tuple[WeightLayer, ...]) -> list[Number]:
+        # With dims, two reduction axes may be attention's or a window: assume a window.
+        windows = [
+            max(math.prod(x.shape[a] for a in x.input_axes[:-1]), 1) for x in layers
+        ]
         stacked = [math.prod(x.shape[a] for a in x.stack_axes) for x in layers]
         depth = max(sum(stacked), 1)
 
-        def volume(layer: WeightLayer) -> Number:
+        def volume(layer: WeightLayer, window: int) -> Number:
             sides = max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
-            scale = 1 / (sides * math.sqrt(max(layer.window, 1)))
+            scale = 1 / (sides * math.sqrt(window))
             return _lift(lambda c: c ** (1 / depth) * scale, bound)
 
-        return [volume(layer) for layer in layers]
+        return list(map(volume, layers, windows))
 
     return VolumeRule(volumes, mask, dims)
 
@@ -201,7 +205,7 @@ def resolve(
         return []
     if isinstance(volume, VolumeRule):
         tree = volume(params, mask=mask, dims=dims)
-    elif callable(volume) and not _is_schedule(volume, params):
+    elif is_function(volume) and not _is_schedule(volume, params):
         tree = volume(params)
     else:
         tree = volume

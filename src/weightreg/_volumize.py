@@ -152,7 +152,10 @@ def volumized(
 
     .. warning::
       ``optax.flatten`` must be inside of ``volumized``: around it, it hides which
-      parameters are weights. Nothing that changes updates may come after it.
+      parameters are weights; and it must flatten all parameters: inside of ``masked``
+      or ``partition`` nothing tells which ones it has joined, so that no moment is
+      found. ``sam`` and ``conditionally_mask`` must be around ``volumized``. Nothing
+      that changes updates may come after it.
 
     Args:
       optimizer: Any Optax optimizer, learning rate included.
@@ -348,8 +351,9 @@ def _check_covered(flags: list[bool], covered: set[int], params: Any) -> None:
     for index, (flag, (path, _)) in enumerate(zip(flags, paths, strict=True)):
         if flag and index not in covered:
             raise ValueError(
-                f"optimizer keeps no first moment for {show_path(path)}, so there is "
-                "none to damp. Give it momentum (optax.sgd(..., momentum=0.9)), leave "
-                "the leaf out with mask=, or pass require_momentum=False to volumize "
-                "the weights alone."
+                f"optimizer keeps no first moment for {show_path(path)} that could be "
+                "found and damped: a state's field mu or trace with the structure of "
+                "the parameters. Give it momentum (optax.sgd(..., momentum=0.9)), "
+                "leave the leaf out with mask=, or pass require_momentum=False to "
+                "volumize the weights alone."
             )

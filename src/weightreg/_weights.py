@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import DictKey, GetAttrKey
 from optax.contrib import MuonDimensionNumbers
 
-from weightreg._trees import KeyPath, match, show_path
+from weightreg._trees import KeyPath, is_function, match, show_path
 
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
 Dims: TypeAlias = Any | Callable[[Any], Any] | None
@@ -156,7 +156,7 @@ def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
     if mask is None:
         flags = [d is not None for d in dims_leaves(params, dims)]
     else:
-        flags = match("mask", mask(params) if callable(mask) else mask, params)
+        flags = match("mask", mask(params) if is_function(mask) else mask, params)
     for (path, leaf), flag in zip(leaves, flags, strict=True):
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(
@@ -175,7 +175,7 @@ def dims_leaves(params: Any, dims: Dims) -> list[MuonDimensionNumbers | None]:
     if dims is None:
         return [None] * len(jax.tree.leaves(params))
     is_dims = lambda node: isinstance(node, MuonDimensionNumbers)  # noqa: E731
-    tree = dims(params) if callable(dims) else dims
+    tree = dims(params) if is_function(dims) else dims
     found = match("dims", tree, params, is_leaf=is_dims)
     for entry in found:
         if entry is not None and not is_dims(entry):
@@ -218,7 +218,7 @@ def _axes(
     path: KeyPath, ndim: int, dims: MuonDimensionNumbers
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Input and output axes counted from the front, checked."""
-    both = [(a,) if isinstance(a, int) else tuple(a) for a in dims]
+    both = [(int(a),) if isinstance(a, int | np.integer) else tuple(a) for a in dims]
     named = [a for axes in both for a in axes]
     normal = [a % ndim for a in named if -ndim <= a < ndim]
     if not all(both) or len(set(normal)) < len(named):
