@@ -1,0 +1,1 @@
+"""Experiments on real data, with the public names of weightreg only."""

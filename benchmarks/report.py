@@ -1,0 +1,176 @@
+"""Tables and sentences of a comparison, from its JSON alone."""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+from rich.table import Table
+
+from benchmarks.plots import title
+
+COLUMNS = {
+    "best": "best",
+    "last": "last epochs",
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "both": "both",
+}
+RESULTS = pathlib.Path(__file__).parent / "results"
+COMPARISONS, COSTS = "*-noise*.json", "cost-*.json"
+
+# Table 2 of the volumization paper, test accuracy in percent: best, last ten epochs.
+# Its network, epochs (100) and learning rate (1e-4) are not the ones here.
+PAPER = {
+    ("mnist", 0.4): {
+        "none": (96.50, 89.65),
+        "weight decay 5e-3": (94.82, 94.70),
+        "weight decay 5e-4": (96.23, 95.92),
+        "weight decay 5e-5": (96.10, 95.42),
+        "volumization (1, 0.9999)": (96.18, 95.40),
+    },
+    ("mnist", 0.8): {
+        "none": (87.04, 35.88),
+        "weight decay 5e-5": (87.29, 53.67),
+        "weight decay 5e-4": (86.51, 61.26),
+        "weight decay 5e-3": (88.04, 86.87),
+        "volumization (1, 0.99)": (87.96, 86.57),
+    },
+}
+
+
+def rows(result: dict) -> list[list[str]]:
+    """One row of text a method: label, hyperparameters, metrics, time."""
+    times = result.get("relative_step_time", {})
+    table = []
+    for name, entry in result["results"].items():
+        chosen = entry["tuning"]["chosen"].items()
+        cells = [entry["label"], ", ".join(f"{_short(k)} {v:.2g}" for k, v in chosen)]
+        for metric in COLUMNS:
+            m = entry["metrics"][metric]
+            cells.append(f"{100 * m['mean']:.1f} ± {100 * m['std']:.1f}")
+        cells.append(f"{times[name]:.2f}" if name in times else "")
+        table.append(cells)
+    return table
+
+
+def header(result: dict) -> list[str]:
+    """Names of the columns."""
+    return ["method", "tuned", *COLUMNS.values(), "step time"]
+
+
+def table(result: dict) -> Table:
+    """The table for a terminal."""
+    shown = Table(title=f"Test accuracy (%): {_heading(result)}")
+    for i, name in enumerate(header(result)):
+        shown.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows(result):
+        shown.add_row(*row)
+    return shown
+
+
+def verdict(result: dict) -> list[str]:
+    """What the numbers say, and what they do not."""
+    results = result["results"]
+    if not results:
+        return ["Nothing is finished yet."]
+    lines = []
+    for metric, question in (
+        ("last", "Generalizes best"),
+        ("both", "Resists attack best"),
+    ):
+        ranked = sorted(results.values(), key=lambda e: -e["metrics"][metric]["mean"])
+        first = ranked[0]
+        line = f"{question}: {first['label']} ({_percent(first, metric)})"
+        if len(ranked) > 1:
+            second = ranked[1]
+            gap = first["metrics"][metric]["mean"] - second["metrics"][metric]["mean"]
+            spread = max(e["metrics"][metric]["std"] for e in ranked[:2])
+            line += f", then {second['label']} ({_percent(second, metric)}); "
+            line += (
+                "the gap is within one standard deviation over seeds"
+                if gap <= spread
+                else f"the gap is {gap / spread:.1f} standard deviations over seeds"
+                if spread
+                else "one seed tells nothing about the spread"
+            )
+        lines.append(line + ".")
+    for entry in results.values():
+        if edge := entry["tuning"]["at_edge"]:
+            lines.append(
+                f"Note: {entry['label']} was tuned to the edge of its range in "
+                f"{', '.join(_short(e) for e in edge)}; a wider range may do better."
+            )
+    if not result["complete"]:
+        lines.append("Interrupted: these are the methods that were finished.")
+    return lines
+
+
+def markdown(result: dict) -> str:
+    """The same table, sentences and settings for the README."""
+    lines = [f"**{_heading(result)}**", ""]
+    lines += ["| " + " | ".join(header(result)) + " |", "| --- " * 8 + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(result)]
+    settings = result["settings"]
+    paper = PAPER.get((settings["dataset"], settings["noise"]), {})
+    for label, (best, last) in paper.items():
+        lines.append(f"| *paper: {label}* | | *{best:.1f}* | *{last:.1f}* | | | | |")
+    lines += ["", *(f"- {line}" for line in verdict(result)), ""]
+    lines.append(f"`{result['command']}`, {result['device']}.")
+    return "\n".join(lines)
+
+
+def cost_markdown(result: dict) -> str:
+    """The table of `benchmarks.cost` for the README."""
+    lines = [
+        "| optimizer | time of its step | bytes read and written a parameter "
+        "| temporary bytes a parameter |",
+        "| --- " * 4 + "|",
+    ]
+    for name, c in result["optimizers"].items():
+        lines.append(
+            f"| `{name}` | {c['relative_time']:.2f} | {c['bytes']:.0f} "
+            f"| {c['temporary_bytes']:.0f} |"
+        )
+    millions = result["parameters"] / 1e6
+    lines += ["", f"`{result['command']}`, {millions:.1f} million float32 parameters,"]
+    lines += [f"{result['device']}; times relative to the first."]
+    return "\n".join(lines)
+
+
+def update_readme(readme: pathlib.Path, check: bool = False) -> bool:
+    """Writes the committed results into the README; whether it was up to date.
+
+    Raises:
+      ValueError: The README lacks the marks between which results go.
+    """
+
+    def render(pattern: str, to_markdown: Callable[[dict], str]) -> list[str]:
+        files = sorted(RESULTS.glob(pattern))
+        return [to_markdown(json.loads(f.read_text())) for f in files]
+
+    blocks = {
+        "results": render(COMPARISONS, markdown),
+        "cost": render(COSTS, cost_markdown),
+    }
+    text = new = readme.read_text()
+    for name, parts in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"{readme} must hold the lines {begin} and {end}.")
+        before, after = new.split(begin)[0], new.split(end)[1]
+        new = before + "\n\n".join([begin, *parts, end]) + after
+    if new != text and not check:
+        readme.write_text(new)
+    return new == text
+
+
+def _heading(result: dict) -> str:
+    return f"{title(result)}, attacks within {result['settings']['epsilon']:.2g}"
+
+
+def _percent(entry: dict, metric: str) -> str:
+    return f"{100 * entry['metrics'][metric]['mean']:.1f} %"
+
+
+def _short(name: str) -> str:
+    return {"learning_rate": "lr", "one_minus_alpha": "1-alpha"}.get(name, name)

@@ -1,0 +1,361 @@
+"""The comparison: that it is fair, that it can be repeated, and that it reports."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+
+import chex
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import benchmarks.__main__ as cli
+import weightreg as wr
+from benchmarks import compare, data, models, report, train
+from benchmarks.methods import METHODS, at_edge, trials
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = ["--epochs", "2", "--trials", "2", "--seeds", "2", "--tuning-seeds", "1"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 300),
+    noise=st.floats(0, 1),
+    classes=st.integers(2, 12),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_noise_makes_the_asked_fraction_of_labels_wrong(n, noise, classes, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n).astype(np.int32)
+    kept = labels.copy()
+    noisy = data.corrupt(labels, noise, classes, rng)
+    assert np.sum(noisy != labels) == round(noise * n)
+    assert noisy.min() >= 0 and noisy.max() < classes
+    np.testing.assert_array_equal(labels, kept)
+
+
+def test_noise_is_uniform_over_the_other_classes():
+    noisy = data.corrupt(np.zeros(90_000, int), 1.0, 10, np.random.default_rng(0))
+    counts = np.bincount(noisy, minlength=10)
+    assert counts[0] == 0
+    assert np.all(np.abs(counts[1:] - 10_000) < 500)
+
+
+def test_noise_does_not_know_the_split(digits):
+    """A seed that serves both would put all wrong labels on one side."""
+    config = compare.Settings.of("digits", noise=0.4)
+    for part in data.split(digits):
+        for seed in [*range(20), compare.TUNING_SEED, compare.TUNING_SEED + 1]:
+            noisy = compare._noisy(digits, config, seed)
+            rate = np.mean(noisy[part] != digits.y_train[part])
+            assert abs(rate - 0.4) < 0.13, (seed, rate)  # 4 deviations of 270 labels
+
+
+def test_split_is_a_partition_of_the_training_set(digits):
+    train_part, held_out = data.split(digits)
+    both = np.concatenate([train_part, held_out])
+    np.testing.assert_array_equal(np.sort(both), np.arange(len(digits.y_train)))
+    assert len(train_part) == len(both) * 4 // 5
+
+
+def test_the_test_set_has_no_part_in_tuning(digits):
+    config = compare.Settings.of("digits", epochs=1, trials=2, tuning_seeds=1)
+    before = compare.tune("none", digits, config, lambda _: None)
+    blind = dataclasses.replace(digits, x_test=None, y_test=None)
+    assert compare.tune("none", blind, config, lambda _: None) == before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trials_fill_the_space_of_every_method_alike(name):
+    tried = trials(METHODS[name], 64)
+    assert len(tried) == 64 and tried == trials(METHODS[name], 64)
+    for parameter, (low, high) in METHODS[name].space.items():
+        places = [np.log(t[parameter] / low) / np.log(high / low) for t in tried]
+        assert np.all(np.histogram(places, 4, (0, 1))[0] >= 14)
+    assert (
+        METHODS[name].space["learning_rate"] == METHODS["none"].space["learning_rate"]
+    )
+
+
+def test_the_edge_of_a_range_is_told():
+    space = METHODS["weight_decay"].space
+    middle = {k: float(np.sqrt(low * high)) for k, (low, high) in space.items()}
+    assert at_edge(METHODS["weight_decay"], middle) == []
+    low = middle | {"strength": space["strength"][0] * 1.01}
+    assert at_edge(METHODS["weight_decay"], low) == ["strength"]
+
+
+def population(mapping, seeds, hyper, data, method="volumization"):
+    """Parameters and curves of a few runs on 100 digits."""
+    arrays = train.Arrays(jnp.asarray(data.x_train[:100]), jnp.asarray(data.x_test))
+    labels = train.Labels(
+        jnp.tile(data.y_train[:100], (len(seeds), 1)),
+        jnp.tile(data.y_test, (len(seeds), 1)),
+    )
+    runs = train.Population(models.MLP((16,), 10), METHODS[method], arrays, 20, mapping)
+    progress = runs.start(seeds, hyper, labels)
+    curves = []
+    for _ in range(3):
+        progress, accuracy = runs.epoch(progress)
+        curves.append(accuracy)
+    return runs.params(progress), np.stack(curves, 1)
+
+
+HYPER = [
+    {"learning_rate": 1e-3, "v": 0.3, "one_minus_alpha": 0.1},
+    {"learning_rate": 3e-3, "v": 0.1, "one_minus_alpha": 1.0},
+    {"learning_rate": 2e-3, "v": 1.0, "one_minus_alpha": 1e-3},
+]
+
+
+@pytest.mark.parametrize("mapping", ["devices", "vmap"])
+def test_a_run_does_not_depend_on_the_others(mapping, digits):
+    together, curves = population(mapping, [3, 4, 5], HYPER, digits)
+    for i, seed in enumerate([3, 4, 5]):
+        (alone,), (curve,) = population(mapping, [seed], [HYPER[i]], digits)
+        if mapping == "devices":
+            chex.assert_trees_all_equal(together[i], alone)
+            np.testing.assert_array_equal(curves[i], curve)
+        else:  # batched matrix products sum in another order
+            chex.assert_trees_all_close(together[i], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_equals_a_plain_loop(digits):
+    """The population is what a user would write by hand, with fixed numbers."""
+    (got,), _ = population("devices", [7], [HYPER[0]], digits)
+    model, x, y = models.MLP((16,), 10), digits.x_train[:100], digits.y_train[:100]
+    init_key, key = jax.random.split(jax.random.key(7))
+    params = model.init(init_key, x[:1])["params"]
+    tx = wr.volumized(optax.adam(1e-3), wr.he_volume(0.3), 0.9)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, x, y):
+        def loss(params):
+            logits = model.apply({"params": params}, x)
+            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y, 1))
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        shuffle, key = jax.random.split(key)
+        for batch in jax.random.permutation(shuffle, 100).reshape(5, 20):
+            params, state = step(params, state, x[batch], y[batch][:, None])
+    chex.assert_trees_all_close(got, params, rtol=1e-4, atol=1e-6)
+
+
+def test_all_runs_of_a_method_are_one_program(digits, monkeypatch):
+    traced = []
+    plain = METHODS["volumization"].optimizer
+    spy = dataclasses.replace(
+        METHODS["volumization"], optimizer=lambda h: (traced.append(1), plain(h))[1]
+    )
+    monkeypatch.setitem(METHODS, "volumization", spy)
+    population("devices", [3, 4, 5], HYPER, digits)
+    assert len(traced) == 2  # one to start, one for an epoch; three of those ran
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset": "imagenet"}, "dataset must be among digits"),
+        ({"noise": 1.5}, "noise must be in"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"methods": ("none", "magic")}, "methods must be among"),
+        ({"methods": ()}, "one or more"),
+        ({"methods": ("none", "none")}, "named once each"),
+        ({"epsilon": -1.0}, "epsilon must be"),
+    ],
+)
+def test_settings_that_cannot_be_run_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        compare.Settings.of(**({"dataset": "digits"} | given))
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path, capsys):
+    assert cli.main(["compare", "--batch", "5000", "--out", str(tmp_path)]) == 2
+    assert "batch must be at most 1077" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small comparison by the command line, and what it printed."""
+    out = tmp_path_factory.mktemp("compare")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["compare", *SMALL, "--out", str(out)]) == 0
+    return out, printed.getvalue()
+
+
+def test_compare_from_end_to_end(finished):
+    out, printed = finished
+    names = {f.name for f in out.iterdir()}
+    stem = "digits-noise40"
+    assert names == {f"{stem}.json", f"{stem}-accuracy.png", f"{stem}-weights.png"}
+    result = json.loads((out / f"{stem}.json").read_text())
+    assert result["complete"]
+    names = ["none", "weight_decay", "l2", "volumization"]
+    assert list(result["results"]) == names
+    assert not set(result["fixed"]["tuning_seeds"]) & set(result["fixed"]["seeds"])
+    for name, entry in result["results"].items():
+        assert len(entry["tuning"]["trials"]) == 2
+        best = max(entry["tuning"]["trials"], key=lambda t: t["score"])
+        assert best["hyperparameters"] == entry["tuning"]["chosen"]
+        curves = np.array(entry["test_accuracy"])
+        assert curves.shape == (2, 2)
+        metrics = {k: m["seeds"] for k, m in entry["metrics"].items()}
+        np.testing.assert_array_equal(metrics["best"], curves.max(1))
+        np.testing.assert_allclose(metrics["last"], curves[:, -1:].mean(1))
+        for metric, values in metrics.items():
+            summary = entry["metrics"][metric]
+            assert summary["mean"] == pytest.approx(np.mean(values), abs=1e-5)
+            assert summary["std"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
+        assert np.all(np.array(metrics["pgd"]) <= np.array(metrics["fgsm"]) + 0.01)
+        assert np.all(np.array(metrics["fgsm"]) < curves[:, -1])
+        assert np.all(np.array(metrics["both"]) <= np.array(metrics["pgd"]))
+        assert entry["label"].split()[0] in printed
+        for layer in entry["weights"].values():
+            assert (layer["wall"] is not None) == (name == "volumization")
+            assert sum(layer["counts"]) in (64 * 256, 256 * 10)
+    assert result["relative_step_time"]["none"] == 1.0
+    assert "Generalizes best" in printed and "Resists attack best" in printed
+
+
+def test_table_and_plots_come_from_the_json_alone(finished, tmp_path, capsys):
+    out, printed = finished
+    stem = "digits-noise40"
+    assert cli.main(["report", str(out / f"{stem}.json"), "--out", str(tmp_path)]) == 0
+    again = capsys.readouterr().out
+    assert again.split("wrote")[0] == printed.split("wrote")[0]
+    for plot in (f"{stem}-accuracy.png", f"{stem}-weights.png"):
+        assert (tmp_path / plot).read_bytes() == (out / plot).read_bytes()
+
+
+def test_the_recorded_command_repeats_the_result(finished, tmp_path):
+    out, _ = finished
+    first = json.loads((out / "digits-noise40.json").read_text())
+    words = first["command"].split()
+    assert words[:3] == ["python", "-m", "benchmarks"]
+    assert cli.main([*words[3:], "--out", str(tmp_path)]) == 0
+    second = json.loads((tmp_path / "digits-noise40.json").read_text())
+    del first["relative_step_time"], second["relative_step_time"]
+    assert first == second
+
+
+def test_an_interrupt_leaves_what_is_finished(tmp_path, monkeypatch, capsys):
+    whole = compare.final
+
+    def interrupted(name, *args):
+        if name == "weight_decay":
+            raise KeyboardInterrupt
+        return whole(name, *args)
+
+    monkeypatch.setattr(compare, "final", interrupted)
+    assert cli.main(["compare", *SMALL, "--out", str(tmp_path)]) == 130
+    result = json.loads((tmp_path / "digits-noise40.json").read_text())
+    assert list(result["results"]) == ["none"] and not result["complete"]
+    assert "Interrupted" in capsys.readouterr().out
+    assert (tmp_path / "digits-noise40-accuracy.png").is_file()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def images(n, rng):
+    return rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+
+
+def test_parquet_files_are_read(tmp_path):
+    rng = np.random.default_rng(0)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    )
+    (tmp_path / "mnist").mkdir()
+    want = {}
+    for split, n in (("train", 7), ("test", 3)):
+        x, y = images(n, rng), rng.integers(0, 10, n)
+        rows = {"image": [PIL.Image.fromarray(i) for i in x], "label": y.tolist()}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(tmp_path / "mnist" / f"{split}.parquet")
+        want[split] = x, y
+    got = data.load("mnist", str(tmp_path))
+    for (x, y), (images_, labels) in zip(
+        want.values(),
+        ((got.x_train, got.y_train), (got.x_test, got.y_test)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(images_, x / 255, rtol=1e-6)
+        np.testing.assert_array_equal(labels, y)
+        assert images_.dtype == np.float32 and labels.dtype == np.int32
+
+
+def test_missing_data_says_what_to_do(tmp_path, monkeypatch, capsys):
+    command = ["compare", "--dataset", "cifar10", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--data-dir", str(tmp_path)]) == 2
+    assert "train.parquet" in capsys.readouterr().err
+
+    def offline(*args, **kwargs):
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    assert cli.main(command) == 2
+    assert "--data-dir DIR" in capsys.readouterr().err
+
+
+def test_the_readme_shows_the_committed_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["readme", "--check"]) == 0
+    blocks, stale = ("results", "cost"), tmp_path / "README.md"
+    marks = [f"<!-- {name}:{side} -->" for name in blocks for side in ("begin", "end")]
+    stale.write_text("a\n{}\nold\n{}\nb\n{}\nold\n{}\nc\n".format(*marks))
+    assert not report.update_readme(stale, check=True)
+    assert not report.update_readme(stale)
+    assert report.update_readme(stale, check=True)
+    text = stale.read_text()
+    assert text.startswith("a\n") and text.endswith("\nc\n") and "\nb\n" in text
+    assert "old" not in text
+
+
+@pytest.mark.parametrize(
+    "file", sorted(report.RESULTS.glob(report.COMPARISONS)), ids=str
+)
+def test_committed_results_are_whole_and_have_their_plots(file):
+    result = json.loads(file.read_text())
+    assert result["complete"] and result["settings"]["seeds"] >= 5
+    assert "/" not in result["command"].replace("//", "")
+    for plot in ("accuracy", "weights"):
+        assert file.with_name(f"{file.stem}-{plot}.png").is_file()
+
+
+def test_the_verdict_is_honest_about_ties_and_edges():
+    def entry(label, last, std, edge=()):
+        metric = {"mean": last, "std": std}
+        return {
+            "label": label,
+            "metrics": {"last": metric, "both": metric},
+            "tuning": {"at_edge": list(edge)},
+        }
+
+    result = {
+        "complete": True,
+        "results": {"a": entry("A", 0.8, 0.02), "b": entry("B", 0.81, 0.01, ["v"])},
+    }
+    lines = report.verdict(result)
+    assert lines[0].startswith("Generalizes best: B (81.0 %), then A (80.0 %)")
+    assert "within one standard deviation" in lines[0]
+    assert "edge of its range in v" in lines[2]
+    result["results"]["b"]["metrics"]["last"]["mean"] = 0.9
+    assert "5.0 standard deviations" in report.verdict(result)[0]

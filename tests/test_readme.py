@@ -1,0 +1,42 @@
+"""The README's lines run as they stand."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+(USE,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+TRANSFORMATION = re.compile(r"^tx = .*$", re.MULTILINE)
+
+
+def names():
+    """What the lines take for given."""
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    return {
+        "params": params,
+        "loss": lambda x, y: jnp.sum(((x @ params["kernel"]).T - y) ** 2, 0),
+        "x": jnp.full((4, 3), 0.5),
+        "y": jnp.zeros(4),
+        "key": jax.random.key(0),
+    }
+
+
+def test_the_lines_on_layers_and_attacks_run():
+    given = names()
+    exec(USE, given)
+    assert [layer.fan_in for layer in given["layers"]] == [3]
+    assert given["x_adv"].shape == given["x"].shape
+
+
+@pytest.mark.parametrize("line", TRANSFORMATION.findall(USE))
+def test_every_transformation_steps(line):
+    given, start = names(), USE[: USE.index("tx = ")]
+    exec(start + line, given)
+    params, tx = given["params"], given["tx"]
+    updates, _ = tx.update(params, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    assert jnp.all(jnp.isfinite(new["kernel"])) and jnp.any(new["kernel"] != 1)
