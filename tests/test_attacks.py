@@ -688,6 +688,57 @@ def test_runs_sharded_over_devices(key):
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices")
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("varies", ["weights", "epsilon", "step_size", "bound", "key"])
+def test_inputs_that_all_devices_share(varies, norm):
+    """As where a population of networks is attacked on one batch."""
+    count = 2
+    keys = jax.random.split(jax.random.key(0), count)
+    given = {"weights": 1.0, "epsilon": 0.2, "step_size": 0.06, "bound": 0.55}
+    given = {name: jnp.array([value]) for name, value in given.items()}
+    given["key"] = keys[:1]
+    other = keys if varies == "key" else given[varies] * jnp.array([0.8, 1.4])
+    x, y = jnp.full((3, 4), 0.5), jnp.arange(3.0)
+
+    def attack(arguments):
+        a = {name: value[0] for name, value in arguments.items()}
+        w, bounds = a.pop("weights"), (0, a.pop("bound"))
+        loss = lambda x, y: jnp.cos(30 * w * x - y[:, None] * jnp.arange(4)).sum(1)  # noqa: E731
+        return wr.pgd(loss, x, y, **a, steps=3, bounds=bounds, norm=norm)[None]
+
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((count,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {name: spec("d") if name == varies else spec() for name in given}
+    mapped = jax.shard_map(attack, mesh=mesh, in_specs=(specs,), out_specs=spec("d"))
+    got = jax.jit(mapped)({**given, varies: other})
+    for i in range(count):
+        alone = jax.jit(attack)({**given, varies: other[i : i + 1]})
+        np.testing.assert_allclose(got[i], alone[0], atol=1e-6)
+    assert not np.array_equal(got[0], got[1])
+
+
+@pytest.mark.parametrize("key", [0, 1.5, jnp.zeros(3), "key"])
+def test_key_is_checked(key):
+    with pytest.raises(TypeError, match="key: expected one key"):
+        wr.pgd(wavy_loss, jnp.ones((2, 3)), None, 0.1, steps=1, key=key)
+    with pytest.raises(TypeError, match="key: expected one key"):
+        keys = jax.random.split(jax.random.key(0), 2)
+        wr.pgd(wavy_loss, jnp.ones((2, 3)), None, 0.1, steps=1, key=keys)
+
+
+def test_bounds_of_channels_need_no_promotion_of_ranks():
+    x = jnp.full((2, 3, 4), 0.5)
+    loss = lambda x, y: x.sum((1, 2))  # noqa: E731
+    bounds = (jnp.zeros(4), jnp.full(4, 0.55))
+    with jax.numpy_rank_promotion("raise"):
+        for attacked in (
+            wr.fgsm(loss, x, None, 0.1, bounds=bounds),
+            wr.pgd(loss, x, None, 0.1, steps=2, bounds=bounds),
+        ):
+            np.testing.assert_allclose(attacked, 0.55)
+
+
 def test_y_is_handed_on_unchanged():
     seen = []
 

@@ -238,6 +238,7 @@ def test_what_a_flattened_part_holds_cannot_be_told():
     [
         optax.conditionally_mask(ADAM, lambda step: step % 2 == 0),
         optax.chain(contrib.sam(ADAM, optax.sgd(0.1))),
+        optax.chain(ADAM, optax.apply_every(3)),
     ],
 )
 def test_wrappers_that_skip_steps_silently_are_refused(silent):

@@ -53,8 +53,51 @@ def test_bias_corrections_make_constant_gradients_constant_steps():
 
 def test_laprop_refuses_gradients_of_another_shape():
     tx = wr.scale_by_laprop()
-    with pytest.raises(AssertionError, match="shape"):
-        tx.update(jnp.ones(1), tx.init(jnp.ones(3)))
+    with pytest.raises(AssertionError, match=r"(?s)a.*shape"):
+        tx.update({"a": jnp.ones(1)}, tx.init({"a": jnp.ones(3)}))
+
+
+def test_laprop_keeps_the_phase_of_complex_gradients():
+    g = jnp.array([1 + 1j, 2j, 0])
+    tx = wr.scale_by_laprop()
+    updates, state = tx.update(g, tx.init(g))
+    assert (state.nu.dtype, state.mu.dtype) == (jnp.float32, jnp.complex64)
+    np.testing.assert_allclose(updates, [(1 + 1j) / 2**0.5, 1j, 0], rtol=1e-6)
+
+
+def test_laprop_takes_python_numbers():
+    tx = wr.laprop(0.1)
+    updates, _ = tx.update(3.0, tx.init(2.0))
+    np.testing.assert_allclose(updates, -0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.9])
+@pytest.mark.parametrize("b2", [0.0, 0.999])
+def test_derivatives_by_hyperparameters_are_finite_and_right(b1, b2):
+    """Also where gradients are exactly zero, as those of an unused input."""
+    x = jnp.array([[1.0, 0.0], [3.0, 0.0]])
+
+    def loss(b1, b2, volume, alpha):
+        tx = wr.volumized_laprop(0.1, b1, b2, eps=1e-8, volume=volume, alpha=alpha)
+        params = jnp.array([[2.0], [2.0]])
+        state = tx.init(params)
+        for _ in range(3):
+            grads = jax.grad(lambda p: jnp.sum((x @ p - 1) ** 2))(params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum((x @ params) ** 2) + jnp.sum(params)
+
+    with jax.enable_x64(True):
+        at = (b1, b2, 0.5, 0.7)
+        got = jax.grad(loss, argnums=(0, 1, 2, 3))(*at)
+        for i, derivative in enumerate(got):
+            h = 1e-6
+            up, down = (
+                tuple(v + s * (j == i) for j, v in enumerate(at)) for s in (h, -h)
+            )
+            below = down if at[i] else at  # no decay is negative
+            slope = (loss(*up) - loss(*below)) / (up[i] - below[i])
+            np.testing.assert_allclose(derivative, slope, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

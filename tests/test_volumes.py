@@ -365,3 +365,12 @@ def test_alpha_outside_its_range(wrap, alpha, error):
         wrap(0.5, alpha)
     for good in (-1, 1, np.float32(0.5), jnp.float32(0.25), lambda count: 7.0):
         wrap(0.5, good)
+
+
+@pytest.mark.parametrize("v", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4)])
+def test_layers_without_elements_have_no_wall(v, shape):
+    for fan in ("in", "out", "avg"):
+        params = {"kernel": jnp.zeros(shape)}
+        assert wr.he_volume(v, fan)(params)["kernel"] >= 0
+        wr.volumize(wr.he_volume(v, fan), 0.0).init(params)

@@ -270,6 +270,27 @@ def test_no_regularization_is_the_bare_optimizer_bit_for_bit(dtype, volume, alph
             assert bits((p1, u1, s1)) == bits((p2, u2, s2.inner_state))
 
 
+@pytest.mark.parametrize(("volume", "alpha"), [(0.3, 1.0), (np.inf, 0.5)])
+@pytest.mark.parametrize(
+    "bare", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9), optax.lion(0.1)]
+)
+def test_no_regularization_changes_nothing_in_a_fused_step_either(bare, volume, alpha):
+    """XLA contracts the sum with the parameters as it does without us."""
+    rng = np.random.default_rng(0)
+    params, *grads = jnp.asarray(rng.normal(size=(3, 64, 64)), jnp.float32)
+
+    def fused(tx):
+        state = tx.init(params)
+        for g in grads:
+            updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), updates
+
+    for rule in (volume, wr.he_volume(volume)):
+        ours = jax.jit(lambda: fused(wr.volumized(bare, rule, alpha)))()  # noqa: B023
+        for got, expected in zip(ours, jax.jit(lambda: fused(bare))(), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_volume_zero_is_decoupled_weight_decay(dtype):
     """``w <- alpha (w + u)``: optax's decay, but after the step and not times lr."""
@@ -411,6 +432,26 @@ def test_derivatives_are_those_of_the_rule():
     np.testing.assert_allclose(grads[3], 0.8 - 1.0 + 0.3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd])
+def test_the_derivative_by_alpha_goes_on_at_one(differentiate):
+    """Or else a search that starts from no regularization never leaves it."""
+    p, u = jnp.array([[2.0, 0.1, -0.25]]), jnp.array([[0.0, 0.1, -0.5]])
+    by_alpha = differentiate(
+        lambda alpha: step(p, u, 0.5, alpha)[0][0] @ jnp.arange(3.0)
+    )
+    np.testing.assert_allclose(by_alpha(1.0), -0.25 * 2, rtol=1e-5)
+    first = differentiate(lambda alpha: step(p, u, 0.5, alpha)[0][0, 0])
+    np.testing.assert_allclose(first(1.0), 1.5, rtol=1e-6)
+
+
+def test_ranks_need_not_be_promoted():
+    params = jnp.ones((2, 3))
+    with jax.numpy_rank_promotion("raise"):
+        tx = wr.volumized(optax.sgd(0.1, momentum=0.9), jnp.array([0.1, 0.2, 2.0]), 0.0)
+        updates, _ = tx.update(jnp.zeros_like(params), tx.init(params), params)
+    np.testing.assert_allclose((params + updates)[0], [0.1, 0.2, 1.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("alpha", "error"),
     [(1.5, ValueError), (-1.01, ValueError), (np.nan, ValueError), ("x", TypeError),
@@ -431,6 +472,66 @@ def test_alpha_is_checked_on_construction(alpha, error):
 def test_volume_is_checked_on_construction(volume, error):
     with pytest.raises(error, match="volume"):
         wr.volumize(volume, 0.5)
+
+
+@pytest.mark.parametrize("alpha", [jnp.zeros((2, 2, 2)), jnp.zeros(2), 1j, True])
+def test_traced_alpha_is_checked_for_what_is_known(alpha):
+    with pytest.raises(TypeError, match="alpha must be a scalar"):
+        jax.jit(lambda alpha: step(P, U, 0.5, alpha))(alpha)
+
+
+@pytest.mark.parametrize(
+    ("volume", "error", "match"),
+    [
+        (jnp.zeros((2, 2, 2)), ValueError, r"volume.*\(2, 2, 2\)"),
+        (jnp.zeros(3), ValueError, r"volume.*\(3,\)"),
+        (1j, TypeError, "volume must be a number"),
+        (True, TypeError, "volume must be a number"),
+    ],
+)
+def test_traced_volumes_are_checked_for_what_is_known(volume, error, match):
+    with pytest.raises(error, match=match):
+        jax.jit(lambda volume: step(P, U, volume, 0.5))(volume)
+
+
+@pytest.mark.parametrize(
+    ("volume", "alpha", "error", "match"),
+    [
+        (0.5, lambda count: jnp.zeros(2), ValueError, "alpha must be a scalar, but"),
+        (0.5, lambda count: "x", TypeError, "alpha must be a schedule"),
+        ([lambda count: jnp.zeros(3)], 0.5, ValueError, r"volume at \[0\].*\(3,\)"),
+        ([lambda count: None], 0.5, TypeError, r"volume at \[0\] must be a schedule"),
+    ],
+)
+def test_what_schedules_give_is_checked(volume, alpha, error, match):
+    tx = wr.volumize(volume, alpha)
+    with pytest.raises(error, match=match):
+        tx.update([U], tx.init([P]), [P])
+
+
+def test_swapped_arguments_and_functions_that_fail_are_explained():
+    with pytest.raises(TypeError, match=r"alpha must be a scalar.*VolumeRule"):
+        wr.volumize(0.99, wr.he_volume(0.5))
+    tx = wr.volumize(lambda count: count * jnp.ones(2), 0.5)
+    with pytest.raises(TypeError) as caught:
+        tx.init({"kernel": P})
+    assert "taken for a function of the parameters" in caught.value.__notes__[0]
+
+
+def test_mask_functions_are_not_taken_for_schedules():
+    inject = optax.inject_hyperparams
+    tx = inject(wr.volumized_adam)(0.1, volume=0.5, alpha=0.0, mask=wr.weight_mask)
+    with pytest.raises(TypeError, match="static_args='mask'"):
+        tx.init({"kernel": P})
+    tx = inject(wr.volumized_adam, static_args=("mask", "volume"))(
+        0.1, volume=wr.he_volume(0.1), alpha=0.0, mask=wr.weight_mask
+    )
+    updates, _ = tx.update({"kernel": U}, tx.init({"kernel": P}), {"kernel": P})
+    wall = wr.he_volume(0.1)({"kernel": P})["kernel"]
+    assert jnp.all(jnp.abs(P + updates["kernel"]) <= jnp.float32(wall))
+
+
+P, U = jnp.ones((2, 2)), jnp.full((2, 2), 0.5)
 
 
 def test_errors_of_the_first_call_name_the_leaf():

@@ -197,12 +197,16 @@ def pgd(
         raise ValueError(
             f"restarts: {restarts} starts need a `key`; all would be the same without"
         )
+    _check_key(key)
     x, low, high = _domain(x, bounds)
     radius = _length("epsilon", epsilon, x)
     if step_size is None:
         step = _finite(2.5 * (radius / jnp.maximum(steps, 1)))
     else:
         step = _length("step_size", step_size, x)
+    value = _detached(loss, x, y)(x)
+    x = _varying_like(x, value, radius, step, low, high, key)
+    value = _varying_like(value, x)
     per_example = _detached(loss, x, y)
 
     # The state is the displacement and not the point: in half precision that adds up
@@ -230,7 +234,6 @@ def pgd(
         point = _displace(x, delta, low, high)
         return _stronger(best, point, per_example(point))
 
-    value = per_example(x)
     best = _Best(x, jnp.where(jnp.isnan(value), -jnp.inf, value))
     return lax.fori_loop(0, restarts, run, best).point
 
@@ -273,7 +276,7 @@ class _Geometry(NamedTuple):
 
 
 def _geometry(norm: str) -> _Geometry:
-    if norm not in _GEOMETRIES:
+    if norm not in list(_GEOMETRIES):  # a list is not hashed, whatever norm is
         raise ValueError(f"norm: expected one of {sorted(_GEOMETRIES)}, got {norm!r}")
     return _GEOMETRIES[norm]
 
@@ -343,6 +346,22 @@ def _displace(
     # But astype here: reduce_precision rounds subnormal numbers to zero
     total = total.astype(x.dtype)
     return jnp.clip(jnp.where(beyond, jnp.nextafter(total, x), total), low, high)
+
+
+def _varying_like(x: jax.Array, *others: ArrayLike | None) -> jax.Array:
+    """``x``, which inside of ``jax.shard_map`` varies over the axes the others do.
+
+    A loop cannot start from an input that all devices share if what it carries comes to
+    depend on parameters that they do not.
+    """
+    for other in others:
+        if other is None:
+            continue
+        if jnp.issubdtype(jnp.result_type(other), jax.dtypes.prng_key):
+            other = jax.random.key_data(other)
+        other = jnp.asarray(other)
+        x = jnp.where(jnp.any(other != other), x, x)  # no operation once compiled
+    return x
 
 
 def _finite(values: jax.Array) -> jax.Array:
@@ -421,7 +440,8 @@ def _bound(bound: ArrayLike, x: jax.Array) -> jax.Array:
             f"bounds: expected numbers or arrays broadcasting to x's shape {x.shape}, "
             f"got shape {array.shape}"
         )
-    return _cast(array, x.dtype)
+    cast = _cast(array, x.dtype)
+    return jnp.broadcast_to(cast, x.shape) if array.ndim else cast
 
 
 def _check_order(low: ArrayLike, high: ArrayLike) -> None:
@@ -445,6 +465,15 @@ def _length(name: str, value: ArrayLike, x: jax.Array) -> jax.Array:
     # An infinite length times a zero gradient would be NaN
     largest = jnp.minimum(_cast(array, dtype), float(jnp.finfo(dtype).max))
     return _per_example(largest, x)
+
+
+def _check_key(key: Any) -> None:
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    raw = dtype == jnp.uint32 and len(shape or ()) == 1
+    if key is not None and not (shape == () if typed else raw):
+        found = repr(key) if dtype is None else f"{dtype} of shape {shape}"
+        raise TypeError(f"key: expected one key of jax.random, got {found}")
 
 
 def _count(name: str, value: Any, least: int) -> int | jax.Array:

@@ -120,7 +120,7 @@ def took_step(updates: Any, before: Any, after: Any) -> jax.Array | bool:
       ValueError: Only some of the parameters' optimizers put off their steps, or a
         wrapper puts them off and does not tell.
     """
-    silent = (optax.ConditionallyMaskState, optax.contrib.SAMState)
+    silent = (optax.ApplyEvery, optax.ConditionallyMaskState, optax.contrib.SAMState)
     waits = (optax.MultiStepsState, optax.ApplyIfFiniteState)
     parts = (optax.transforms.PartitionState, optax.MaskedState)
 
@@ -130,8 +130,9 @@ def took_step(updates: Any, before: Any, after: Any) -> jax.Array | bool:
 
     if find(after, silent):
         raise ValueError(
-            "volumized cannot wrap conditionally_mask or sam, whose states do not tell "
-            "which updates are steps. Put them around volumized."
+            "volumized cannot wrap conditionally_mask, sam or apply_every, whose "
+            "states do not tell which updates are steps. Put them around volumized "
+            "(and MultiSteps in the place of apply_every)."
         )
     if any(find(part, waits) for part in find(after, parts)):
         raise ValueError(

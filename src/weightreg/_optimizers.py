@@ -70,29 +70,31 @@ def scale_by_laprop(
 
     def init_fn(params):
         nu = jax.tree.map(
-            lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params
+            lambda p: jnp.zeros_like(p, _real(jnp.result_type(p))), params
         )
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype or p.dtype), params)
+        mu = jax.tree.map(
+            lambda p: jnp.zeros_like(p, mu_dtype or jnp.result_type(p)), params
+        )
         return ScaleByLapropState(count=jnp.zeros([], jnp.int32), mu=mu, nu=nu)
 
     def update_fn(updates, state, params=None):
         del params
+        updates = jax.tree.map(jnp.asarray, updates)
+        # They would broadcast otherwise.
+        chex.assert_trees_all_equal_shapes(updates, state.mu, state.nu)
         count = optax.safe_increment(state.count)
-
-        def step(g, mu, nu):
-            chex.assert_equal_shape([g, mu, nu])  # would broadcast otherwise
-            dtype = nu.dtype
-            g_wide, mu_wide = g.astype(dtype), mu.astype(dtype)
-            nu = (b2 * nu + (1 - b2) * g_wide**2).astype(dtype)
-            scale = jnp.sqrt(nu / _bias_correction(b2, count, dtype)) + eps
-            normal = jnp.where(scale == 0, 0, g_wide / jnp.where(scale == 0, 1, scale))
-            mu_wide = (b1 * mu_wide + (1 - b1) * normal).astype(dtype)
-            u = mu_wide / _bias_correction(b1, count, dtype)
-            return u.astype(g.dtype), mu_wide.astype(mu.dtype), nu
+        rates = (b1, 1 - b1, b2, 1 - b2)  # in Python, where 1 - 0.999 is exact
 
         leaves, treedef = jax.tree.flatten(updates)
         mu, nu = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
-        steps = [step(*leaf) for leaf in zip(leaves, mu, nu, strict=True)]
+        corrections = {
+            dtype: [_bias_correction(b, count, dtype) for b in (b1, b2)]
+            for dtype in {n.dtype for n in nu}
+        }
+        steps = [
+            _laprop_step(g, m, n, rates, corrections[n.dtype], eps)
+            for g, m, n in zip(leaves, mu, nu, strict=True)
+        ]
         u, mu, nu = (treedef.unflatten(part) for part in _unzip(steps))
         return u, ScaleByLapropState(count=count, mu=mu, nu=nu)
 
@@ -214,7 +216,8 @@ def volumized_adam(
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the denominator.
-      eps_root: As in ``optax.adam``.
+      eps_root: As in ``optax.adam``. Positive, it keeps derivatives with respect to
+        hyperparameters finite where gradients are 0.
       volume: As in `volumize`.
       alpha: As in `volumize`.
       nesterov: As in ``optax.adam``.
@@ -287,10 +290,36 @@ def volumized_laprop(
     return volumized(optimizer, volume, alpha, mask=mask, dims=dims)
 
 
+@jax.jit  # traced once for all weights of one shape
+def _laprop_step(g, mu, nu, rates, corrections, eps):
+    """One leaf's update, ``mu`` and ``nu``."""
+    b1, c1, b2, c2 = rates
+    wide = jnp.promote_types(g.dtype, nu.dtype)
+    g_wide, mu_wide = g.astype(wide), mu.astype(wide)
+    nu_new = (b2 * nu + c2 * jnp.real(g_wide * jnp.conj(g_wide))).astype(nu.dtype)
+    # The root has no derivative at 0, which that by a hyperparameter would ask for.
+    root = jnp.sqrt(jnp.where(nu_new == 0, 1, nu_new) / corrections[1])
+    scale = jnp.where(nu_new == 0, 0, root) + eps
+    normal = jnp.where(scale == 0, 0, g_wide / jnp.where(scale == 0, 1, scale))
+    mu_new = (b1 * mu_wide + c1 * normal).astype(wide)
+    u = mu_new / corrections[0]
+    return u.astype(g.dtype), mu_new.astype(mu.dtype), nu_new
+
+
 def _bias_correction(decay: Any, count: Any, dtype) -> jax.Array:
     """``1 - decay**count``, without the cancellation that 1 - 0.999 would suffer."""
-    log_decay = jnp.log1p(jnp.asarray(decay - 1, dtype))
-    return -jnp.expm1(count * log_decay)
+    # Below a half nothing cancels, and at 0 the logarithm has no derivative.
+    distance = jnp.asarray(1 - decay, dtype)
+    far = 1 - jnp.asarray(decay, dtype) ** count
+    near = -jnp.expm1(count * jnp.log1p(-jnp.minimum(distance, 0.5)))
+    return jnp.where(distance > 0.5, far, near)
+
+
+def _real(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of squared magnitudes, of 32 bits at least."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        dtype = jnp.finfo(dtype).dtype
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _unzip(triples: list[tuple[Any, Any, Any]]) -> tuple[list[Any], ...]:

@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from weightreg._trees import is_function, is_hole, match, show_path
-from weightreg._weights import Dims, Mask, WeightLayer, weight_layers
+from weightreg._weights import Dims, Mask, WeightLayer, refuse_step_count, weight_layers
 
 Number: TypeAlias = jax.typing.ArrayLike | optax.Schedule
 """A number, an array, a traced array, or a schedule of the step count."""
@@ -34,14 +34,7 @@ class VolumeRule:
 
     def __call__(self, params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
         """The tree of volumes, with ``None`` for leaves that are no weights."""
-        if jax.tree_util.all_leaves([params]) and jnp.issubdtype(
-            jnp.result_type(params), jnp.integer
-        ):
-            raise TypeError(
-                "a volume rule takes parameters, but got a step count. Under "
-                "optax.inject_hyperparams pass static_args='volume', since it takes "
-                "every function for a schedule."
-            )
+        refuse_step_count("volume", params)
         own = {"mask": self.mask, "dims": self.dims}
         given = {"mask": mask, "dims": dims}
         kwargs = {k: given[k] if v is None else v for k, v in own.items()}
@@ -95,15 +88,15 @@ def he_volume(
         "in": lambda layer: layer.fan_in,
         "avg": lambda layer: (layer.fan_in + layer.fan_out) / 2,
     }
-    if fan not in fans:
+    if fan not in list(fans):
         raise ValueError(f"fan must be one of 'out', 'in' and 'avg', not {fan!r}.")
     check_volume("v", v)
 
     def volume(layer: WeightLayer) -> Number:
-        # A layer without elements has fan 0, and no wall that could matter.
         h = fans[fan](layer)
-        scale = math.sqrt(6 / h) if h else math.inf
-        return _lift(lambda v: v * scale, v)
+        if not h:  # a layer without elements has no wall that could matter
+            return math.inf
+        return _lift(lambda v: v * math.sqrt(6 / h), v)
 
     return VolumeRule(lambda layers: [volume(x) for x in layers], mask, dims)
 
@@ -122,11 +115,12 @@ def lipschitz_volume(
     :math:`c^{1/L}`, hence a chain of these ``L`` layers and 1-Lipschitz activations
     changes by at most ``c`` times the change of its input, in the Euclidean norm.
 
-    It holds for chains of dense layers and convolutions (any stride and padding but
-    circular padding of images smaller than the window) and needs ``alpha <= 0`` and,
-    for ``alpha < 0``, the condition on reflections in `volumize`. It says nothing
-    about layers that ``mask`` leaves out, about normalization, attention, or branches
-    that are added.
+    It holds for chains of dense layers and convolutions (any stride, with padding by
+    zeros, or circular padding of images at least as large as the window) up to the
+    rounding of ``V`` to the weights' dtype, and needs ``alpha <= 0`` and, for
+    ``alpha < 0``, the condition on reflections in `volumize`. It says nothing about
+    layers that ``mask`` leaves out, about normalization, attention, or branches that
+    are added.
 
     Args:
       bound: Lipschitz constant ``c`` of the whole network, greater than or equal to
@@ -173,20 +167,15 @@ def lipschitz_volume(
 
 def check_volume(name: str, volume: Any) -> None:
     """Refuses what no box can have, as far as it is known before tracing."""
-    if volume is None or callable(volume) or isinstance(volume, Tracer):
+    if volume is None or callable(volume):
         return
-    try:
-        value = np.asarray(volume)
-    except (TypeError, ValueError):
-        value = np.asarray(None)
-    if value.dtype == bool or not (
-        jnp.issubdtype(value.dtype, jnp.floating)
-        or jnp.issubdtype(value.dtype, jnp.integer)
-    ):
+    if not is_real(volume):
         raise TypeError(
             f"{name} must be a number, an array or a schedule, not {volume!r}."
         )
-    if not np.all(value.astype(np.float64) >= 0):
+    if isinstance(volume, Tracer):
+        return
+    if not np.all(np.asarray(volume).astype(np.float64) >= 0):
         raise ValueError(f"{name} must be at least 0 and not NaN, but is {volume}.")
 
 
@@ -206,7 +195,14 @@ def resolve(
     if isinstance(volume, VolumeRule):
         tree = volume(params, mask=mask, dims=dims)
     elif is_function(volume) and not _is_schedule(volume, params):
-        tree = volume(params)
+        try:
+            tree = volume(params)
+        except Exception as error:
+            error.add_note(
+                "volume was taken for a function of the parameters, since it gives no "
+                "scalar for a step count. Schedules of arrays go into a tree."
+            )
+            raise
     else:
         tree = volume
     found = match("volume", tree, params)
@@ -221,26 +217,41 @@ def resolve(
         if flag:
             check_volume(where, entry)
             if not callable(entry):
-                _check_shape(where, jnp.shape(entry), jnp.shape(leaf))
+                check_shape(where, jnp.shape(entry), jnp.shape(leaf))
         volumes.append(entry if flag else None)
     return volumes
 
 
-def at(number: Number, count: jax.Array) -> jax.typing.ArrayLike:
-    """The value of a number or schedule at a step."""
-    return number(count) if callable(number) else number
+def is_real(value: Any) -> bool:
+    """Whether something is a real number or an array of such, traced or not."""
+    try:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    except (TypeError, ValueError):
+        return False
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def _check_shape(where: str, shape: tuple[int, ...], leaf: tuple[int, ...]) -> None:
+def at(
+    name: str, number: Number, count: jax.Array, shape: tuple[int, ...]
+) -> jax.typing.ArrayLike:
+    """The value of a number or schedule at a step, to be broadcast to ``shape``."""
+    if not callable(number):
+        return number
+    value = number(count)
+    if not is_real(value):
+        raise TypeError(f"{name} must be a schedule of numbers, but gives {value!r}.")
+    check_shape(name, jnp.shape(value), shape)
+    return value
+
+
+def check_shape(where: str, shape: tuple[int, ...], leaf: tuple[int, ...]) -> None:
     try:
         fits = np.broadcast_shapes(shape, leaf) == leaf
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(
-            f"{where} must be a scalar or broadcast to the leaf's shape {leaf}, but "
-            f"has shape {shape}."
-        )
+        broadcast = f" or broadcast to the leaf's shape {leaf}" if leaf else ""
+        raise ValueError(f"{where} must be a scalar{broadcast}, but has shape {shape}.")
 
 
 def _lift(fn: Callable[[Any], Any], number: Number) -> Number:

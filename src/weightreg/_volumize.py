@@ -13,7 +13,7 @@ from optax._src.base import NO_PARAMS_MSG  # not public, but the error users kno
 from weightreg._moments import map_moments, took_step
 from weightreg._reach import SUPPORTED, compute_dtype, land, reach, round_to
 from weightreg._trees import show_path
-from weightreg._volumes import Number, VolumeRule, at, check_volume, resolve
+from weightreg._volumes import Number, VolumeRule, at, check_volume, is_real, resolve
 from weightreg._weights import Dims, Mask, mask_leaves
 
 
@@ -56,15 +56,17 @@ def volumize(
     This transformation changes weights only. `volumized` damps the optimizer's
     momentum too, which is the method of the paper.
 
-    ``alpha = 1`` leaves the updates as they are, bit for bit, and so does
-    ``V = inf``. ``0 < alpha < 1`` is a soft wall; with ``V = 0`` it is weight decay by
-    ``1 - alpha``, applied after the step and not scaled by the learning rate.
-    ``alpha = 0`` is a projection onto the box: after ``optax.apply_updates`` every
-    weight satisfies ``abs(w) <= V`` in its own dtype (V rounded to that dtype), sitting
-    on the wall wherever some update reaches it and else at the nearest value inside
-    that one reaches. ``alpha < 0`` reflects: the result lies in the box if
-    :math:`|\hat w| \le V (1 + 2 / |\alpha|)`, and is not clamped otherwise.
-    ``alpha = -1`` is the elastic wall; with ``V = 0`` it flips every sign each step.
+    ``alpha = 1`` leaves the updates as they are, bit for bit, and so does ``V = inf``.
+    (So do traced ones, but XLA may round an optimizer's own arithmetic otherwise where
+    it fuses that with what depends on a traced value.) ``0 < alpha < 1`` is a soft
+    wall; with ``V = 0`` it is weight decay by ``1 - alpha``, applied after the step and
+    not scaled by the learning rate. ``alpha = 0`` is a projection onto the box: after
+    ``optax.apply_updates`` every weight satisfies ``abs(w) <= V`` in its own dtype (V
+    rounded to that dtype), sitting on the wall wherever some update reaches it and else
+    at the nearest value inside that one reaches. ``alpha < 0`` reflects: the result
+    lies in the box if :math:`|\hat w| \le V (1 + 2 / |\alpha|)`, and is not clamped
+    otherwise. ``alpha = -1`` is the elastic wall; with ``V = 0`` it flips every sign
+    each step.
 
     .. warning::
       It must be the last link of a chain. Updates that a later link changes do not
@@ -148,14 +150,17 @@ def volumized(
     ``MultiSteps``, ``apply_if_finite`` and ``flatten``; and in optimizers of other
     packages where a field ``mu`` or ``trace`` of a state (a ``NamedTuple``) has the
     structure of the parameters. Where ``MultiSteps`` or ``apply_if_finite`` inside of
-    ``optimizer`` puts a step off, nothing is volumized, and schedules wait.
+    ``optimizer`` puts a step off, nothing is volumized, and schedules wait. (A rejected
+    step is known by its zeros: no link that adds to them may follow.)
 
     .. warning::
       ``optax.flatten`` must be inside of ``volumized``: around it, it hides which
       parameters are weights; and it must flatten all parameters: inside of ``masked``
       or ``partition`` nothing tells which ones it has joined, so that no moment is
       found. ``sam`` and ``conditionally_mask`` must be around ``volumized``. Nothing
-      that changes updates may come after it.
+      that changes updates may come after it. Under ``optax.inject_hyperparams``, which
+      calls every function as a schedule, name in ``static_args`` the arguments that
+      are functions of the parameters.
 
     Args:
       optimizer: Any Optax optimizer, learning rate included.
@@ -234,8 +239,14 @@ class _Box:
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
         _, volumes = _resolve(volume, params, mask, dims)
-        self._volumes = [None if v is None else at(v, count) for v in volumes]
-        self._alpha = at(alpha, count)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        self._volumes = [
+            None
+            if v is None
+            else at(f"volume at {show_path(path)}", v, count, jnp.shape(p))
+            for v, (path, p) in zip(volumes, leaves, strict=True)
+        ]
+        self._alpha = at("alpha", alpha, count, ())
         self._params = params
 
     def alpha(self, dtype) -> jax.Array:
@@ -254,7 +265,7 @@ class _Box:
         confined = list(flat)
         outside: list[jax.Array | None] = [None] * len(flat)
         for i, ((path, p), volume) in enumerate(zip(paths, self._volumes, strict=True)):
-            if volume is None:
+            if volume is None or _is_infinite(volume):
                 continue
             p, u = jnp.asarray(p), jnp.asarray(flat[i])
             if p.shape != u.shape:
@@ -262,36 +273,64 @@ class _Box:
                     f"updates has shape {u.shape} at {show_path(path)}, where params "
                     f"has {p.shape}."
                 )
-            confined[i], outside[i] = self._confine(p, u, volume, stepped)
+            volume = jnp.asarray(volume)
+            if volume.ndim:  # explicit, for users who forbid JAX to promote ranks
+                volume = jnp.broadcast_to(volume, p.shape)
+            confined[i], outside[i] = _confine(p, u, volume, self._alpha, stepped)
         return jax.tree.unflatten(treedef, confined), outside
 
-    def _confine(self, p, u, volume, stepped):
-        """One leaf. Comparisons are such that rounding cannot turn them.
 
-        XLA may contract a product inside of ``u`` and the sum with ``p`` to one
-        rounding here and to two in ``optax.apply_updates``. So the sign is read off
-        ``u > -p``, and with ``alpha = 0`` an update is held back also where it passes
-        the one that reaches the wall, whatever the sum says.
-        """
-        p_dtype, u_dtype = p.dtype, jnp.promote_types(p.dtype, u.dtype)
-        dtype = compute_dtype(u_dtype)
-        alpha = self.alpha(dtype)
-        wall = round_to(jnp.asarray(volume, dtype), p_dtype)
-        p, u = p.astype(dtype), u.astype(dtype)
+@jax.jit  # traced once for all weights of one shape
+def _confine(p, u, volume, alpha, stepped):
+    """One weight's update and where it was outside.
 
-        positive = u > -p
-        proposed = land(p, u, p_dtype, u_dtype)
-        outside = (jnp.abs(proposed) > wall) & stepped
-        excess = jnp.where(outside, jnp.abs(proposed) - wall, 0)
-        target = round_to(wall + _scaled(alpha, excess), p_dtype)
-        target = jnp.where(positive, target, -target)
-        increment = reach(p, target, positive, p_dtype, u_dtype)
+    Comparisons are such that rounding cannot turn them. XLA may contract a product
+    inside of ``u`` and the sum with ``p`` to one rounding here and to two in
+    ``optax.apply_updates``. So the sign is read off ``u > -p``, and with ``alpha = 0``
+    an update is held back also where it passes the one that reaches the wall, whatever
+    the sum says.
+    """
+    p_dtype, u_dtype = p.dtype, jnp.promote_types(p.dtype, u.dtype)
+    dtype = compute_dtype(u_dtype)
+    alpha = jnp.asarray(alpha, dtype)
+    wall = round_to(jnp.asarray(volume, dtype), p_dtype)
+    p, u = p.astype(dtype), u.astype(dtype)
 
-        passes = jnp.where(positive, u > increment, u < increment)
-        hard = (alpha == 0) & (wall < jnp.inf) & stepped
-        moved = outside | (passes & hard)
-        kept = jnp.where(moved & (alpha != 1), increment, u)
-        return kept.astype(u_dtype), outside
+    positive = u > -p
+    proposed = land(p, u, p_dtype, u_dtype)
+    outside = (jnp.abs(proposed) > wall) & stepped
+    excess = jnp.where(outside, jnp.abs(proposed) - wall, 0)
+    target = round_to(wall + _scaled(alpha, excess), p_dtype)
+    target = jnp.where(positive, target, -target)
+    increment = reach(p, target, positive, p_dtype, u_dtype)
+
+    passes = jnp.where(positive, u > increment, u < increment)
+    hard = (alpha == 0) & (wall < jnp.inf) & stepped
+    # At alpha = 1 the increment is u but for rounding, and the derivative the same.
+    exact = jnp.where(alpha == 1, _with_derivative_of(increment, u), increment)
+    kept = jnp.where(outside | (passes & hard), exact, u)
+    return kept.astype(u_dtype), outside
+
+
+@jax.custom_jvp
+def _with_derivative_of(function: jax.Array, value: jax.Array) -> jax.Array:
+    """``value``, which is differentiated as if it were ``function``."""
+    del function
+    return value
+
+
+@_with_derivative_of.defjvp
+def _with_derivative_of_jvp(primals, tangents):
+    return _with_derivative_of(*primals), tangents[0]
+
+
+def _is_infinite(volume: Any) -> bool:
+    """Whether it is known before tracing that no weight can be outside.
+
+    Then nothing is computed at all: a comparison with infinity would already keep XLA
+    from fusing the sum of weight and update as it does without.
+    """
+    return isinstance(volume, float | np.ndarray) and bool(np.all(np.isinf(volume)))
 
 
 def _scaled(alpha: jax.Array, x: jax.Array) -> jax.Array:
@@ -318,15 +357,15 @@ def _check(volume: Any, alpha: Any) -> None:
         check_volume("volume", volume)
     if volume is None:
         raise TypeError("volume must be a number, a tree or a function, not None.")
-    if callable(alpha) or isinstance(alpha, Tracer):
+    if isinstance(alpha, VolumeRule):
+        raise TypeError(
+            f"alpha must be a scalar or a schedule, not the rule {alpha!r}."
+        )
+    if callable(alpha):
         return
-    value = np.asarray(alpha)
-    if value.shape != () or not (
-        jnp.issubdtype(value.dtype, jnp.floating)
-        or jnp.issubdtype(value.dtype, jnp.integer)
-    ):
+    if not is_real(alpha) or np.shape(alpha) != ():
         raise TypeError(f"alpha must be a scalar or a schedule, not {alpha!r}.")
-    if not -1 <= value <= 1:
+    if not isinstance(alpha, Tracer) and not -1 <= alpha <= 1:
         raise ValueError(f"alpha must be in [-1, 1], but is {alpha}.")
 
 

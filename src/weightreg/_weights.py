@@ -78,7 +78,8 @@ def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
     Raises:
       ValueError: ``mask`` or ``dims`` does not match ``params``.
       TypeError: ``mask`` holds something other than booleans, or is true for a leaf
-        that is no floating-point array.
+        that is no floating-point array; or ``params`` is an integer, which is what
+        ``optax.inject_hyperparams`` passes to functions that it takes for schedules.
 
     Example:
       >>> import jax.numpy as jnp
@@ -86,6 +87,7 @@ def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
       >>> wr.weight_mask({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
       {'bias': False, 'kernel': True}
     """
+    refuse_step_count("mask", params)
     return jax.tree.unflatten(
         jax.tree.structure(params), mask_leaves(params, mask, dims)
     )
@@ -146,6 +148,18 @@ def weight_layers(
     ]
     order = _natural_order([path for path, _ in paths])
     return tuple(layer for _, layer in sorted(layers, key=lambda pl: order(pl[0])))
+
+
+def refuse_step_count(argument: str, params: Any) -> None:
+    """Says that ``inject_hyperparams`` has called a rule as if it were a schedule."""
+    if jax.tree_util.all_leaves([params]) and jnp.issubdtype(
+        jnp.result_type(params), jnp.integer
+    ):
+        raise TypeError(
+            f"{argument}: a function of the parameters got a step count. Under "
+            f"optax.inject_hyperparams pass static_args={argument!r}, since it takes "
+            "every function for a schedule."
+        )
 
 
 def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
