@@ -1,6 +1,7 @@
 """Volumization against independent references, special cases and extreme values."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -371,6 +372,23 @@ def test_only_weights_move_and_only_their_momentum_is_damped():
     assert new["n"] == 3
     np.testing.assert_allclose(state.inner_state.trace["kernel"], 0.5)
     np.testing.assert_allclose(state.inner_state.trace["bias"], 1.0)
+
+
+def test_a_thousand_layers():
+    layer = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
+    params = {f"Dense_{i}": layer for i in range(1000)}
+    numbers = [int(re.findall(r"\d+", x.path)[0]) for x in wr.weight_layers(params)]
+    assert numbers == list(range(1000))
+    volume = wr.lipschitz_volume(0.5)
+    np.testing.assert_allclose(volume(params)["Dense_7"]["kernel"], 0.5**0.001 / 3)
+    tx = wr.volumized(optax.sgd(0.1, momentum=0.9), volume, 0.0)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    for name, trace in optax.tree.get(state, "trace").items():
+        np.testing.assert_allclose(new[name]["kernel"], 0.5**0.001 / 3, rtol=1e-6)
+        np.testing.assert_allclose(new[name]["bias"], 1.8, rtol=1e-6)
+        np.testing.assert_array_equal(trace["kernel"], 0.0)
+        np.testing.assert_array_equal(trace["bias"], 2.0)
 
 
 def test_mask_chooses_the_leaves():
