@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import PIL.Image
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,6 +78,57 @@ def test_the_test_set_has_no_part_in_tuning(digits):
     before = compare.tune("none", digits, config, lambda _: None)
     blind = dataclasses.replace(digits, x_test=None, y_test=None)
     assert compare.tune("none", blind, config, lambda _: None) == before
+
+
+def test_each_trial_is_scored_on_its_own_noisy_labels(digits, monkeypatch):
+    config = compare.Settings.of("digits", epochs=3, trials=4, tuning_seeds=2)
+    train_part, held_out = data.split(digits)
+
+    def train_nothing(name, model, arrays, labels, seeds, hyper, settings, tick):
+        np.testing.assert_array_equal(arrays.x_train, digits.x_train[train_part])
+        np.testing.assert_array_equal(arrays.x_eval, digits.x_train[held_out])
+        for row, seed in enumerate(seeds):
+            noisy = compare._noisy(digits, config, int(seed))
+            np.testing.assert_array_equal(labels.train[row], noisy[train_part])
+            np.testing.assert_array_equal(labels.eval[row], noisy[held_out])
+        # A run's accuracy tells its rate and its seed.
+        rates = [
+            h["learning_rate"] + (s - compare.TUNING_SEED)
+            for h, s in zip(hyper, seeds, strict=True)
+        ]
+        return np.tile(np.array(rates)[:, None], (1, config.epochs)), None
+
+    monkeypatch.setattr(compare, "_train", train_nothing)
+    tuned = compare.tune("l2", digits, config, lambda _: None)
+    for trial in tuned["trials"]:
+        rate = trial["hyperparameters"]["learning_rate"]
+        assert trial["score"] == pytest.approx(rate + 0.5, abs=1e-4)
+    best = max(tuned["trials"], key=lambda t: t["hyperparameters"]["learning_rate"])
+    assert tuned["chosen"] == best["hyperparameters"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_hyperparameter_acts_and_only_weights_are_regularized(name):
+    space, params = (
+        METHODS[name].space,
+        {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
+    )
+    grads = [jax.tree.map(lambda p, c=c: c * p, params) for c in (1.0, -0.5)]
+
+    def trained(hyper):
+        tx, new = METHODS[name].optimizer(hyper), params
+        state = tx.init(new)
+        for g in grads:
+            updates, state = tx.update(g, state, new)
+            new = optax.apply_updates(new, updates)
+        return new
+
+    middle = {k: float(np.sqrt(low * high)) for k, (low, high) in space.items()}
+    for parameter, (_, high) in space.items():
+        one, other = trained(middle), trained(middle | {parameter: high})
+        assert not jnp.allclose(one["kernel"], other["kernel"], rtol=1e-6)
+        unchanged = bool(jnp.all(one["bias"] == other["bias"]))
+        assert unchanged == (parameter != "learning_rate")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -157,6 +209,18 @@ def test_a_run_equals_a_plain_loop(digits):
         for batch in jax.random.permutation(shuffle, 100).reshape(5, 20):
             params, state = step(params, state, x[batch], y[batch][:, None])
     chex.assert_trees_all_close(got, params, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (1, 5, 7, 2), (3, 1, 2, 1)])
+def test_the_convolution_is_flaxs(shape):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    plain = nn.Conv(4, (3, 3), strides=2, bias_init=nn.initializers.normal())
+    variables = plain.init(jax.random.key(0), x)
+    ours = models.StridedConv(4)
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
+    assert shapes(ours.init(jax.random.key(0), x)) == shapes(variables)
+    got, expected = ours.apply(variables, x), plain.apply(variables, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_all_runs_of_a_method_are_one_program(digits, monkeypatch):

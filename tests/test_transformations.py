@@ -135,6 +135,10 @@ def test_weak_types_do_not_stay_in_the_state():
             return tx.update(params, state, params)[1], None
 
         jax.lax.scan(step, tx.init(params), length=2)  # fails if a type changes
+    # Adan keeps the last gradient with the type it came with.
+    adan = wr.volumized(optax.adan(1e-2), 0.5, 0.9)
+    _, state = adan.update(params, adan.init(params), params)
+    assert not any(leaf.aval.weak_type for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -282,6 +286,32 @@ def test_apply_if_finite_inside_and_around():
             updates, state = tx.update(g, state, p)
             p = optax.apply_updates(p, updates)
         chex.assert_trees_all_close(p, expected, rtol=1e-6)
+
+
+def test_a_step_that_is_accepted_though_not_finite_is_volumized():
+    """After too many errors in a row ``apply_if_finite`` gives up."""
+    params = {"kernel": jnp.full((2, 2), 2.0)}
+    bad = {"kernel": jnp.array([[jnp.nan, 0.0], [0.0, 0.0]])}
+    inner = optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 1)
+    tx = wr.volumized(inner, 0.5, 0.0)
+    updates, state = tx.update(bad, tx.init(params), params)
+    chex.assert_trees_all_equal(updates, {"kernel": jnp.zeros((2, 2))})
+    assert state.count == 0
+    updates, state = tx.update(bad, state, params)
+    assert state.count == 1
+    new = (params["kernel"] + updates["kernel"]).ravel()
+    np.testing.assert_array_equal(new, [jnp.nan, 0.5, 0.5, 0.5])
+
+
+def test_wrappers_that_put_steps_off_may_be_nested():
+    params, grads = tree(), tree()
+    twice = optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation()
+    tx = wr.volumized(optax.apply_if_finite(twice, 3), 0.5, 0.5)
+    plain = wr.volumized(optax.adam(1e-2), 0.5, 0.5)
+    got, state = run(tx, params, grads, 4)
+    expected, _ = run(plain, params, grads, 2)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert state.count == 2
 
 
 def test_partition_and_masked():

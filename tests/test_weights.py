@@ -137,6 +137,18 @@ def test_equinox_trees_are_trees_though_modules_can_be_called():
     wr.volumize(wr.he_volume(1.0)(arrays), 0.0).init(arrays)
 
 
+def test_partial_functions_are_functions_though_they_are_trees():
+    partial = jax.tree_util.Partial
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    dims = partial(lambda axis, p: {"kernel": Dims(axis, 0), "bias": None}, 1)
+    (layer,) = wr.weight_layers(params, mask=partial(wr.weight_mask), dims=dims)
+    assert (layer.path, layer.fan_in) == ("['kernel']", 3)
+    volume = partial(lambda v, p: jax.tree.map(lambda _: v, p), 0.5)
+    tx = wr.volumize(volume, 0.0)
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_array_equal(updates["kernel"] + 1, 0.5)
+
+
 def test_only_real_floating_point_arrays_are_weights():
     params = {
         "bf16": jnp.ones((2, 2), jnp.bfloat16),
