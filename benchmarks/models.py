@@ -25,7 +25,7 @@ class MLP(nn.Module):
         return nn.Dense(self.classes)(x)
 
 
-class StridedConv(nn.Module):
+class Convolution(nn.Module):
     """``nn.Conv(features, (3, 3), strides=2)`` as products of matrices.
 
     On CPU the gradient of a convolution is over ten times slower inside of a loop than
@@ -60,7 +60,7 @@ class CNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images of shape (batch, height, width, channels) to logits."""
         for features in (32, 64, 64):
-            x = nn.relu(StridedConv(features)(x))
+            x = nn.relu(Convolution(features)(x))
         return nn.Dense(self.classes)(x.reshape(x.shape[0], -1))
 
 

@@ -96,7 +96,7 @@ def test_each_trial_is_scored_on_its_own_noisy_labels(digits, monkeypatch):
             h["learning_rate"] + (s - compare.TUNING_SEED)
             for h, s in zip(hyper, seeds, strict=True)
         ]
-        return np.tile(np.array(rates)[:, None], (1, config.epochs)), None
+        return np.array(rates)[:, None] * [0, 0, 1], None  # only the last one counts
 
     monkeypatch.setattr(compare, "_train", train_nothing)
     tuned = compare.tune("l2", digits, config, lambda _: None)
@@ -105,6 +105,28 @@ def test_each_trial_is_scored_on_its_own_noisy_labels(digits, monkeypatch):
         assert trial["score"] == pytest.approx(rate + 0.5, abs=1e-4)
     best = max(tuned["trials"], key=lambda t: t["hyperparameters"]["learning_rate"])
     assert tuned["chosen"] == best["hyperparameters"]
+
+
+def test_final_runs_train_on_noisy_labels_and_are_tested_on_true_ones(
+    digits, monkeypatch
+):
+    config = compare.Settings.of("digits", epochs=1, seeds=3)
+    train_part, _ = data.split(digits)
+
+    def train_nothing(name, model, arrays, labels, seeds, hyper, settings, tick):
+        np.testing.assert_array_equal(arrays.x_eval, digits.x_test)
+        for row, seed in enumerate(seeds):
+            noisy = compare._noisy(digits, config, seed)[train_part]
+            np.testing.assert_array_equal(labels.train[row], noisy)
+            np.testing.assert_array_equal(labels.eval[row], digits.y_test)
+        fresh = [train.initialize(model, seed, arrays.x_train[:1])[0] for seed in seeds]
+        return np.array([[0.1], [0.2], [0.6]]), fresh
+
+    monkeypatch.setattr(compare, "_train", train_nothing)
+    hyper = {"learning_rate": 1e-3}
+    metrics = compare.final("none", hyper, digits, config, lambda _: None)["metrics"]
+    assert metrics["last"]["seeds"] == [0.1, 0.2, 0.6]
+    assert metrics["last"]["mean"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -216,7 +238,7 @@ def test_the_convolution_is_flaxs(shape):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     plain = nn.Conv(4, (3, 3), strides=2, bias_init=nn.initializers.normal())
     variables = plain.init(jax.random.key(0), x)
-    ours = models.StridedConv(4)
+    ours = models.Convolution(4)
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
     assert shapes(ours.init(jax.random.key(0), x)) == shapes(variables)
     got, expected = ours.apply(variables, x), plain.apply(variables, x)
@@ -338,32 +360,49 @@ def test_an_interrupt_leaves_what_is_finished(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("*.part"))
 
 
-def images(n, rng):
-    return rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-
-
-def test_parquet_files_are_read(tmp_path):
+def write_parquet(folder, column, shape, sizes):
+    """Random images as Parquet files like the hub's, and what is in them."""
     rng = np.random.default_rng(0)
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+        {column: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
     )
-    (tmp_path / "mnist").mkdir()
-    want = {}
-    for split, n in (("train", 7), ("test", 3)):
-        x, y = images(n, rng), rng.integers(0, 10, n)
-        rows = {"image": [PIL.Image.fromarray(i) for i in x], "label": y.tolist()}
+    folder.mkdir()
+    written = []
+    for split, n in zip(("train", "test"), sizes, strict=True):
+        x = rng.integers(0, 256, (n, *shape), dtype=np.uint8)
+        y = rng.integers(0, 10, n)
+        rows = {column: [PIL.Image.fromarray(i) for i in x], "label": y.tolist()}
         table = datasets.Dataset.from_dict(rows, features=features)
-        table.to_parquet(tmp_path / "mnist" / f"{split}.parquet")
-        want[split] = x, y
-    got = data.load("mnist", str(tmp_path))
-    for (x, y), (images_, labels) in zip(
-        want.values(),
-        ((got.x_train, got.y_train), (got.x_test, got.y_test)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(images_, x / 255, rtol=1e-6)
+        table.to_parquet(folder / f"{split}.parquet")
+        written.append((x, y))
+    return written
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "shape"),
+    [("mnist", "image", (28, 28)), ("cifar10", "img", (32, 32, 3))],
+)
+def test_parquet_files_are_read(name, column, shape, tmp_path):
+    written = write_parquet(tmp_path / name, column, shape, (7, 3))
+    got = data.load(name, str(tmp_path))
+    read = (got.x_train, got.y_train), (got.x_test, got.y_test)
+    for (x, y), (images, labels) in zip(written, read, strict=True):
+        np.testing.assert_allclose(images, x / 255, rtol=1e-6)
         np.testing.assert_array_equal(labels, y)
-        assert images_.dtype == np.float32 and labels.dtype == np.int32
+        assert images.dtype == np.float32 and labels.dtype == np.int32
+
+
+def test_cifar10_is_compared_with_a_convolutional_network(tmp_path):
+    write_parquet(tmp_path / "cifar10", "img", (32, 32, 3), (60, 20))
+    command = ["compare", "--dataset", "cifar10", "--data-dir", str(tmp_path), *SMALL]
+    command += ["--batch", "16", "--methods", "volumization", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    result = json.loads((tmp_path / "cifar10-noise40.json").read_text())
+    assert result["fixed"]["model"]["class"] == "CNN"
+    walls = [x["wall"] for x in result["results"]["volumization"]["weights"].values()]
+    v = result["results"]["volumization"]["tuning"]["chosen"]["v"]
+    fans = np.array([9 * 32, 9 * 64, 9 * 64, 10])  # He's fan-out, window included
+    np.testing.assert_allclose(walls, v * np.sqrt(6 / fans), rtol=1e-5)
 
 
 def test_missing_data_says_what_to_do(tmp_path, monkeypatch, capsys):

@@ -5,9 +5,12 @@ Times do depend on it, so nothing here is timed.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from benchmarks.cost import OPTIMIZERS, compiled_step, memory
+from benchmarks import cost
+from benchmarks.cost import OPTIMIZERS, compiled_step, memory, relative_times
 
 PARAMS = {str(i): jnp.ones((256, 256)) for i in range(4)}
 COUNT = 4 * 256**2
@@ -27,3 +30,40 @@ def test_memory_of_a_step(name, moved, held):
     got = step_memory(name)
     assert got["bytes"] <= moved + 1
     assert got["temporary_bytes"] <= held + 0.2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_measured_step_is_a_step(name):
+    params = {"kernel": jnp.full((3, 2), 0.5)}
+    grads = {"kernel": jnp.arange(6.0).reshape(3, 2) - 2.5}
+    tx = OPTIMIZERS[name]()
+    updates, state = tx.update(grads, tx.init(params), params)
+    expected = optax.apply_updates(params, updates), state
+    step = compiled_step(tx, params, grads)
+    got = step({"kernel": jnp.full((3, 2), 0.5)}, tx.init(params), grads)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_relative_times_are_medians_over_turns(monkeypatch):
+    """By a clock that the steps themselves move, twice as fast in every other round."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+
+    def step(name, seconds):
+        def advance(carry):
+            calls.append(name)
+            slow = (
+                (len(calls) - 1) // 3 % 2
+            )  # what else the machine does hits all alike
+            now[0] += seconds * (1 + slow)
+            return carry + 1
+
+        return advance
+
+    steps = {name: step(name, s) for name, s in zip("abc", (2, 3, 1), strict=True)}
+    times = relative_times(steps, dict.fromkeys("abc", 0), rounds=20)
+    assert times == {"a": 1.0, "b": 1.5, "c": 0.5}
+    orders = {tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)}
+    assert len(calls) == 63 and len(orders) > 3
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)

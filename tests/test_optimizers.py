@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
 
@@ -121,6 +122,20 @@ def test_named_optimizers_wrap_what_their_names_say(ours, theirs):
         p, q = p + u, q + v
     np.testing.assert_array_equal(p, q)
     assert jax.tree.structure(s) == jax.tree.structure(t)
+
+
+@pytest.mark.parametrize(
+    "named", [wr.volumized_sgd, wr.volumized_adam, wr.volumized_laprop]
+)
+def test_mask_and_dims_arrive(named):
+    params = {"a": jnp.ones((2, 8)), "b": jnp.ones((2, 8))}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    dims = {"a": Dims(reduction_axis=1, output_axis=0), "b": Dims()}
+    rule = wr.he_volume(0.1, fan="in")
+    tx = named(0.1, volume=rule, alpha=0.0, mask={"a": True, "b": False}, dims=dims)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    np.testing.assert_allclose(1 + updates["a"], 0.1 * (6 / 8) ** 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], 0.0)
 
 
 def test_keyword_options_arrive():

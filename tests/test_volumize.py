@@ -280,6 +280,15 @@ def test_no_regularization_is_the_bare_optimizer_bit_for_bit(dtype, volume, alph
             assert bits((p1, u1, s1)) == bits((p2, u2, s2.inner_state))
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0, -1.0])
+def test_a_traced_infinite_volume_changes_nothing_even_of_infinite_weights(alpha):
+    p = jnp.array([[jnp.inf, -jnp.inf, 3e38, 1.0]])
+    u = jnp.array([[1.0, 2.0, 3e38, -jnp.inf]])
+    for updates in (u, -u):
+        got = jax.jit(lambda v, u: step(p, u, v, alpha)[1])(jnp.inf, updates)
+        np.testing.assert_array_equal(got, updates)
+
+
 @pytest.mark.parametrize(("volume", "alpha"), [(0.3, 1.0), (np.inf, 0.5)])
 @pytest.mark.parametrize(
     "bare", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9), optax.lion(0.1)]
