@@ -55,7 +55,21 @@ FACTORIES = {
     "volumized_adam": functools.partial(named, wr.volumized_adam),
     "volumized_laprop": functools.partial(named, wr.volumized_laprop),
     "laprop": lambda learning_rate, volume, alpha: wr.laprop(learning_rate),
+    "chain(add_weissi, adam)": lambda learning_rate, volume, alpha: optax.chain(
+        wr.add_weissi(1e-4, 1e-4), optax.adam(learning_rate)
+    ),
+    "chain(add_weissi(spectral), sgd)": lambda learning_rate, volume, alpha: (
+        optax.chain(
+            wr.add_weissi(1e-4, 1e-4, norm="spectral"), optax.sgd(learning_rate)
+        )
+    ),
+    "chain(sgd, parseval)": lambda learning_rate, volume, alpha: optax.chain(
+        optax.sgd(learning_rate), wr.parseval(1e-6)
+    ),
 }
+# Those without a box, and among them those that need whole weights.
+WHOLE = [name for name in FACTORIES if "weissi" in name or "parseval" in name]
+UNBOXED = ["laprop", *WHOLE]
 # Ours, without the further optimizers to wrap; enough where the base does not matter.
 OURS = [name for name in FACTORIES if not name.startswith("volumized(")]
 OURS += ["volumized(sgd)", "volumized(adam)"]
@@ -102,7 +116,8 @@ def test_converges_in_the_box_and_stops_at_its_wall(name):
 
     params = jax.tree.map(lambda t: 0.1 * jnp.sign(t), target)
     (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=1500)
-    kernel = target["kernel"] if name == "laprop" else jnp.clip(target["kernel"], -1, 1)
+    kernel = target["kernel"]
+    kernel = kernel if name in UNBOXED else jnp.clip(kernel, -1, 1)
     np.testing.assert_allclose(params["kernel"], kernel, atol=0.06)
     np.testing.assert_allclose(params["bias"], 2.0, atol=0.06)
 
@@ -211,7 +226,7 @@ def test_inject_hyperparams_equals_the_plain_one(name):
     )
     own, _ = run(FACTORIES[name](1e-2, shrinking, 0.9), params, grads)
     chex.assert_trees_all_close(scheduled, own, rtol=1e-6)
-    assert name == "laprop" or not np.allclose(own["kernel"], plain["kernel"])
+    assert name in UNBOXED or not np.allclose(own["kernel"], plain["kernel"])
 
 
 def test_inject_hyperparams_with_a_rule_needs_static_args():
@@ -407,8 +422,8 @@ def test_keeps_the_sharding_of_eight_devices(name, axis_type):
     )
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_inside_shard_map(name):
+@pytest.mark.parametrize("name", sorted(set(OURS) - set(WHOLE)))
+def test_inside_shard_map_on_parts_of_a_weight(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     params = {"kernel": tree()["kernel"]}
     tx = FACTORIES[name](1e-2, 0.5, 0.5)
@@ -422,9 +437,33 @@ def test_inside_shard_map(name):
     chex.assert_trees_all_close(sharded(params), go(params), rtol=1e-6)
 
 
-def test_never_waits_for_the_device():
+@pytest.mark.parametrize("name", WHOLE)
+def test_inside_shard_map_on_whole_weights(name):
+    """Each device with examples of its own; JAX sums gradients of what they share."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    params, x = {"kernel": tree()["kernel"]}, jnp.ones((8, 4, 8))
+    tx = FACTORIES[name](1e-2, 0.5, 0.5)
+
+    def go(params, x, mean=lambda g: g):
+        grads = jax.grad(lambda p: jnp.mean((x @ p["kernel"]) ** 2))(params)
+        updates, _ = tx.update(mean(grads), tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    spread = jax.shard_map(
+        functools.partial(go, mean=lambda g: jax.tree.map(lambda x: x / 8, g)),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("x")),
+        out_specs=PartitionSpec(),
+    )
+    chex.assert_trees_all_close(
+        jax.jit(spread)(params, x), go(params, x), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["volumized_adam", "chain(add_weissi(spectral), sgd)"])
+def test_never_waits_for_the_device(name):
     params = tree()
-    tx = wr.volumized_adam(1e-2, volume=wr.he_volume(0.5), alpha=0.5)
+    tx = FACTORIES[name](1e-2, wr.he_volume(0.5), 0.5)
     step = jax.jit(tx.update)
     state = tx.init(params)
     step(params, state, params)

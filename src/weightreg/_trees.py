@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 KeyPath = tuple[Any, ...]
@@ -89,3 +90,31 @@ def match(
                 f"none. They have: {', '.join(show_path(p) for p, _ in leaves)}."
             )
     return found
+
+
+def leaves_like(name: str, tree: Any, params: Any, wanted: list[int]) -> list[Any]:
+    """What ``tree`` has for every leaf of ``params``.
+
+    Args:
+      name: What the tree is called in errors.
+      tree: A tree with the structure of ``params``.
+      params: The parameters.
+      wanted: Positions of the leaves that must have the shape of the parameters'.
+
+    Raises:
+      ValueError: Structures or shapes differ.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    try:
+        flat = jax.tree.structure(params).flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must have the structure of params: {error}"
+        ) from error
+    for path, p, u in ((*paths[i], flat[i]) for i in wanted):
+        if jnp.shape(p) != jnp.shape(u):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(u)} at {show_path(path)}, where params "
+                f"has {jnp.shape(p)}."
+            )
+    return flat

@@ -12,7 +12,7 @@ from optax._src.base import NO_PARAMS_MSG  # not public, but the error users kno
 
 from weightreg._moments import map_moments, took_step
 from weightreg._reach import SUPPORTED, compute_dtype, land, reach, round_to
-from weightreg._trees import show_path
+from weightreg._trees import leaves_like, show_path
 from weightreg._volumes import Number, VolumeRule, at, check_volume, is_real, resolve
 from weightreg._weights import Dims, Mask, mask_leaves
 
@@ -254,26 +254,17 @@ class _Box:
 
     def confine(self, updates: Any, stepped: jax.Array | bool = True):
         """The updates that stay in the box, and where they would have left it."""
-        paths = jax.tree_util.tree_leaves_with_path(self._params)
-        treedef = jax.tree.structure(self._params)
-        try:
-            flat = treedef.flatten_up_to(updates)
-        except ValueError as error:
-            raise ValueError(
-                f"updates must have the structure of params: {error}"
-            ) from error
-        confined = list(flat)
-        outside: list[jax.Array | None] = [None] * len(flat)
-        for i, ((path, p), volume) in enumerate(zip(paths, self._volumes, strict=True)):
-            if volume is None or _is_infinite(volume):
-                continue
-            p, u = jnp.asarray(p), jnp.asarray(flat[i])
-            if p.shape != u.shape:
-                raise ValueError(
-                    f"updates has shape {u.shape} at {show_path(path)}, where params "
-                    f"has {p.shape}."
-                )
-            volume = jnp.asarray(volume)
+        leaves, treedef = jax.tree.flatten(self._params)
+        walled = [
+            i
+            for i, volume in enumerate(self._volumes)
+            if volume is not None and not _is_infinite(volume)
+        ]
+        confined = leaves_like("updates", updates, self._params, walled)
+        outside: list[jax.Array | None] = [None] * len(leaves)
+        for i in walled:
+            p, u = jnp.asarray(leaves[i]), jnp.asarray(confined[i])
+            volume = jnp.asarray(self._volumes[i])
             if volume.ndim:  # explicit, for users who forbid JAX to promote ranks
                 volume = jnp.broadcast_to(volume, p.shape)
             confined[i], outside[i] = _confine(p, u, volume, self._alpha, stepped)

@@ -21,10 +21,10 @@ from weightreg._trees import KeyPath, is_function, match, show_path
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
 Dims: TypeAlias = Any | Callable[[Any], Any] | None
 
-# Flax's names for parameters that shift or scale units. They are told by name since
-# rank does not tell: attention biases are (heads, head_dim), scanned ones have a
-# leading axis of layers.
-_NOT_WEIGHTS = frozenset({"bias", "scale"})
+# Flax's names for parameters that shift or scale units, and `ConvexSum`'s. They are
+# told by name since rank does not tell: attention biases are (heads, head_dim), scanned
+# ones have a leading axis of layers.
+_NOT_WEIGHTS = frozenset({"bias", "scale", "convex_logits"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class WeightLayer:
       input_axes: Axes over which a unit sums its inputs, window axes included.
       output_axes: Axes that number the units.
       stack_axes: Axes along which several layers are stacked (``nn.scan``).
+      convolves: Whether it is the kernel of a convolution.
       window: Number of window positions of a convolution, 1 for anything else.
       fan_in: Inputs of one unit: the product of the input axes.
       fan_out: Units times window, as ``jax.nn.initializers`` counts it.
@@ -49,6 +50,7 @@ class WeightLayer:
     input_axes: tuple[int, ...]
     output_axes: tuple[int, ...]
     stack_axes: tuple[int, ...]
+    convolves: bool
     window: int
     fan_in: int
     fan_out: int
@@ -59,8 +61,9 @@ def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
 
     A leaf is a weight when it is a floating-point array of two or more axes, unless
     it is called ``bias`` or ``scale`` (Flax's names; rank alone would count the
-    biases of attention heads and of scanned layers). Integer and complex leaves, and
-    leaves that are no arrays, are not weights.
+    biases of attention heads and of scanned layers) or ``convex_logits`` (that of
+    ``ConvexSum``). Integer and complex leaves, and leaves that are no arrays, are not
+    weights.
 
     Args:
       params: Any tree: a linen dict, an ``nnx.State``, an Equinox module; ``None``
@@ -271,6 +274,7 @@ def _layer(
         input_axes=inputs,
         output_axes=outputs,
         stack_axes=tuple(a for a in range(len(shape)) if a not in inputs + outputs),
+        convolves=convolves,
         window=window,
         fan_in=size(inputs),
         fan_out=size(outputs) * window,

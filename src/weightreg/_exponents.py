@@ -1,0 +1,118 @@
+"""The weights that a penalty is made of, and the exponent of each."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from weightreg._norms import Axes
+from weightreg._reach import compute_dtype
+from weightreg._trees import is_function, is_hole, match
+from weightreg._volumes import is_real
+from weightreg._weights import Dims, Mask, WeightLayer, refuse_step_count, weight_layers
+
+
+def cnn_exponents(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
+    """The exponents of the CNN form: 2 for convolutions and 1 for all other weights.
+
+    A convolution's kernel acts at every position, hence more than that of a dense
+    layer. Scale can then be shifted for free between convolutions only.
+
+    Args:
+      params: Any tree of parameters.
+      mask: As in `weight_mask`.
+      dims: As in `weight_layers`, which also says what counts as a convolution.
+
+    Returns:
+      A tree of numbers, ``None`` for leaves that are no weights. `weissi` and the
+      others take this function itself: ``exponents=wr.cnn_exponents``.
+
+    Raises:
+      ValueError: As in `weight_layers`.
+      TypeError: ``params`` is a step count (see `weight_mask`).
+
+    References:
+      Liu, Cui, Chan, 2020, section 5, "CNNs".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.cnn_exponents({"conv": jnp.ones((3, 3, 1, 8)), "out": jnp.ones((8, 2))})
+      {'conv': 2, 'out': 1}
+    """
+    refuse_step_count("exponents", params)
+    leaves: list[int | None] = [None] * len(jax.tree.leaves(params))
+    for layer in weight_layers(params, mask=mask, dims=dims):
+        leaves[layer.index] = 2 if layer.convolves else 1
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+class Weights(NamedTuple):
+    """The weights of a tree, in the order of `weight_layers`, and their exponents."""
+
+    layers: tuple[WeightLayer, ...]
+    arrays: list[jax.Array]
+    powers: list[Any]
+
+    @classmethod
+    def of(cls, params: Any, exponents: Any, mask: Mask, dims: Dims) -> "Weights":
+        layers = weight_layers(params, mask=mask, dims=dims)
+        leaves = jax.tree.leaves(params)
+        arrays = [jnp.asarray(leaves[layer.index]) for layer in layers]
+        return cls(layers, arrays, _powers(exponents, params, layers, mask, dims))
+
+    def indices(self) -> list[int]:
+        """Positions in ``jax.tree.leaves(params)``."""
+        return [layer.index for layer in self.layers]
+
+    def tree(self, params: Any, values: list[Any]) -> Any:
+        """A tree like ``params``, with a value for every weight and holes elsewhere."""
+        leaves: list[Any] = [optax.MaskedNode()] * len(jax.tree.leaves(params))
+        for index, value in zip(self.indices(), values, strict=True):
+            leaves[index] = value
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    def pick(self, params: Any, tree: Any) -> list[Any]:
+        """The values of such a tree."""
+        leaves = jax.tree.structure(params).flatten_up_to(tree)
+        return [leaves[index] for index in self.indices()]
+
+    def axes(self) -> list[Axes]:
+        """The roles of their axes."""
+        return [Axes.of(layer) for layer in self.layers]
+
+
+def _powers(
+    exponents: Any,
+    params: Any,
+    layers: tuple[WeightLayer, ...],
+    mask: Mask,
+    dims: Dims,
+) -> list[Any]:
+    """The exponent of every weight, checked."""
+    if exponents is cnn_exponents:
+        tree = cnn_exponents(params, mask=mask, dims=dims)
+    else:
+        tree = exponents(params) if is_function(exponents) else exponents
+    found = match("exponents", tree, params)
+    leaves = jax.tree.leaves(params)
+    for layer in layers:
+        power = found[layer.index]
+        if is_hole(power) or not is_real(power) or jnp.shape(power) != ():
+            raise TypeError(
+                f"exponents must be a number for every weight, but is {power!r} at "
+                f"{layer.path}."
+            )
+        if not isinstance(power, Tracer) and not 0 <= np.asarray(power) < math.inf:
+            raise ValueError(
+                f"exponents must be at least 0 and finite, but is {power} at "
+                f"{layer.path}."
+            )
+    return [
+        jnp.asarray(found[x.index], compute_dtype(jnp.result_type(leaves[x.index])))
+        for x in layers
+    ]

@@ -1,0 +1,524 @@
+"""Input gradients, and what weights bound them by."""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from optax.contrib import MuonDimensionNumbers as Dims
+
+from weightreg._jacobian import input_gradient_bound, input_gradient_norms
+
+KEY = jax.random.key(0)
+NORMS = ["frobenius", "spectral"]
+
+
+def norms_of(f, x, *args, **kwargs):
+    """Compiled, which takes less time than step by step."""
+    compiled = jax.jit(lambda x, *args: input_gradient_norms(f, x, *args, **kwargs))
+    return compiled(x, *args)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def relu_mlp(params, x):
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
+def random_mlp(rng, widths):
+    return [
+        {
+            "kernel": jnp.asarray(rng.normal(size=(a, b)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=b), jnp.float32),
+        }
+        for a, b in itertools.pairwise(widths)
+    ]
+
+
+@pytest.mark.parametrize("widths", [(5, 7, 3), (3, 7, 8)], ids=["backward", "forward"])
+def test_norms_agree_with_central_differences(widths):
+    """In float64 NumPy, at points that are off the kinks of ReLU."""
+    rng = np.random.default_rng(0)
+    params, x = random_mlp(rng, widths), rng.normal(size=(6, widths[0]))
+    wide = jax.tree.map(np.float64, params)
+
+    def f(x):
+        hidden = np.maximum(x @ wide[0]["kernel"] + wide[0]["bias"], 0)
+        return hidden @ wide[1]["kernel"] + wide[1]["bias"]
+
+    steps = 1e-6 * np.eye(widths[0])
+    jacobian = (f(x[:, None] + steps) - f(x[:, None] - steps)) / 2e-6
+    expected = np.sqrt(np.sum(jacobian**2, axis=1))
+    found = norms_of(lambda x: relu_mlp(params, x), np.float32(x))
+    assert found.shape == (6, widths[-1])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_any_shape_of_inputs_and_outputs():
+    kernel = normal(0, 2, 3, 4, 5)
+    x = normal(1, 6, 2, 3)
+    f = lambda x: jnp.tensordot(x, kernel, 2)  # noqa: E731
+    expected = np.broadcast_to(
+        jnp.linalg.norm(kernel.reshape(6, 4, 5), axis=0), (6, 4, 5)
+    )
+    np.testing.assert_allclose(norms_of(f, x), expected, rtol=1e-6)
+    few = lambda x: f(x)[:2, :2]  # noqa: E731
+    np.testing.assert_allclose(norms_of(few, x), expected[:, :2, :2], rtol=1e-6)
+    scalar = norms_of(lambda x: f(x)[1, 2], x)
+    np.testing.assert_allclose(scalar, expected[:, 1, 2], rtol=1e-6)
+    of_scalars = norms_of(jnp.sin, x[:, 0, 0])
+    np.testing.assert_allclose(of_scalars, abs(jnp.cos(x[:, 0, 0])), rtol=1e-6)
+    assert norms_of(f, x[:0]).shape == (0, 4, 5)
+    assert norms_of(lambda x: x[:0], x).shape == (6, 0, 3)
+    nothing = norms_of(lambda x: jnp.sum(x) + jnp.ones(2), x[:, :0])
+    np.testing.assert_array_equal(nothing, np.zeros((6, 2)))
+
+
+def test_further_arguments_go_with_their_example():
+    """The input gradients of a loss, which attacks and eq. 14 are about."""
+    kernel, x = normal(0, 5, 3), normal(1, 4, 5)
+    y = jnp.array([0, 2, 1, 2])
+    more = {"weight": jnp.arange(1.0, 5.0), "nothing": None}
+
+    def loss(x, y, more):
+        return -more["weight"] * jax.nn.log_softmax(x @ kernel)[y]
+
+    p = np.float64(jax.nn.softmax(x @ kernel))
+    residual = np.eye(3)[y] - p
+    expected = np.arange(1, 5) * np.linalg.norm(residual @ np.float64(kernel).T, axis=1)
+    for batch_size in (None, 3):
+        found = norms_of(loss, x, y, more, batch_size=batch_size)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, np.int64(8), 100])
+def test_batch_size_does_not_matter(batch_size):
+    params = random_mlp(np.random.default_rng(0), (4, 6, 3))
+    x = normal(1, 7, 4)
+    f = lambda x: relu_mlp(params, x)  # noqa: E731
+    np.testing.assert_allclose(
+        norms_of(f, x, batch_size=batch_size),
+        norms_of(f, x),
+        rtol=1e-6,
+    )
+
+
+def test_batch_size_bounds_what_is_computed_at_once():
+    f = functools.partial(input_gradient_norms, jnp.sin, batch_size=4)
+    loops = [
+        e
+        for e in jax.make_jaxpr(f)(jnp.ones((8, 3))).eqns
+        if e.primitive.name == "scan"
+    ]
+    assert [loop.params["length"] for loop in loops] == [2]
+
+
+def test_the_mode_is_the_cheaper_one():
+    """Each of these functions can be differentiated in one mode only."""
+
+    @jax.custom_vjp
+    def backward(x):
+        return x[:2] * 3
+
+    backward.defvjp(
+        lambda x: (backward(x), None), lambda _, g: (jnp.pad(3 * g, (0, 1)),)
+    )
+
+    def forward(x):
+        n = lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] + x), (0, x))[
+            1
+        ]
+        return jnp.concatenate([n, n])
+
+    x = normal(0, 2, 3)
+    np.testing.assert_allclose(norms_of(backward, x), np.full((2, 2), 3.0))
+    np.testing.assert_allclose(norms_of(forward, x), np.full((2, 6), 4.0))
+
+
+@pytest.mark.parametrize("outputs", [2, 6], ids=["backward", "forward"])
+def test_modes_agree(outputs):
+    params = random_mlp(np.random.default_rng(0), (4, 9, outputs))
+    x = normal(1, 7, 4)
+    f = lambda x: relu_mlp(params, x)  # noqa: E731
+    for differentiate in (jax.jacfwd, jax.jacrev):
+        expected = jnp.linalg.norm(jax.jit(jax.vmap(differentiate(f)))(x), axis=-1)
+        np.testing.assert_allclose(norms_of(f, x), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-19, 1e19, 1e30])
+@pytest.mark.parametrize("outputs", [2, 6], ids=["backward", "forward"])
+def test_norms_whose_squares_are_out_of_range(scale, outputs):
+    kernel = normal(0, 4, outputs) * scale
+    found = norms_of(lambda x: x @ kernel, normal(1, 3, 4))
+    expected = np.linalg.norm(np.float64(kernel), axis=0)
+    np.testing.assert_allclose(found, np.tile(expected, (3, 1)), rtol=1e-6)
+    penalty = lambda k: norms_of(lambda x: x @ k, normal(1, 1, 4)).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(penalty))(kernel)
+    np.testing.assert_allclose(gradient, np.float64(kernel) / expected, rtol=1e-5)
+
+
+def test_a_penalty_on_input_gradients_can_be_trained():
+    """Double backpropagation, compiled and over several networks at once."""
+    params = random_mlp(np.random.default_rng(0), (4, 6, 3))
+    x, y = normal(1, 5, 4), jnp.array([0, 1, 2, 0, 1])
+
+    def penalty(params, x):
+        loss = lambda x, y: -jax.nn.log_softmax(relu_mlp(params, x))[y]  # noqa: E731
+        return jnp.mean(norms_of(loss, x, y) ** 2)
+
+    def plain(params, x):
+        loss = lambda x, y: -jax.nn.log_softmax(relu_mlp(params, x))[y]  # noqa: E731
+        return jnp.mean(jnp.sum(jax.vmap(jax.grad(loss))(x, y) ** 2, axis=1))
+
+    found = jax.jit(jax.value_and_grad(penalty))(params, x)
+    expected = jax.jit(jax.value_and_grad(plain))(params, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        found,
+        expected,
+    )
+    several = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+    mapped = jax.jit(jax.vmap(penalty, in_axes=(0, None)))(several, x)
+    np.testing.assert_allclose(mapped[0], found[0], rtol=1e-5)
+
+
+def test_a_gradient_of_zero_has_a_derivative():
+    f = lambda k: norms_of(lambda x: x @ k, jnp.ones((2, 3))).sum()  # noqa: E731
+    value, gradient = jax.value_and_grad(f)(jnp.zeros((3, 2)))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("bfloat16", "float32"), ("float64", "float64")]
+)
+def test_dtypes(dtype, expected):
+    with jax.enable_x64(True):
+        kernel = jnp.asarray([[3.0, 0, 1, 0], [4, 1, 0, 0]], dtype)
+        for outputs in (1, 4):
+            x = jnp.ones((2, 2), dtype)
+            found = norms_of(lambda x: x @ kernel[:, :outputs], x)  # noqa: B023
+            assert found.dtype == expected
+            np.testing.assert_array_equal(found[0], [5, 1, 1, 0][:outputs])
+            # The wider of input and output, though gradients have the input's.
+            widened = lambda x: (x @ kernel[:, :outputs]).astype(jnp.float64)  # noqa: B023, E731
+            assert norms_of(widened, x).dtype == jnp.float64
+        params = {"a": kernel.T, "b": kernel}
+        assert input_gradient_bound(params).dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("f", "x", "args", "kwargs", "error", "message"),
+    [
+        (jnp.sum, jnp.ones(()), (), {}, ValueError, "x must have a first axis"),
+        (jnp.sum, jnp.arange(3), (), {}, TypeError, "x must be .* of dtype int32"),
+        (jnp.sum, jnp.ones(3, complex), (), {}, TypeError, "of dtype complex64"),
+        (jnp.sum, [1.0], (), {}, TypeError, "of type list"),
+        (jnp.argmax, jnp.ones((2, 3)), (), {}, TypeError, "f must return one.*int32"),
+        (lambda x: (x, x), jnp.ones((2, 3)), (), {}, TypeError, "f must return one"),
+        (lambda x: None, jnp.ones((2, 3)), (), {}, TypeError, "returns None"),
+        (
+            lambda x, y: x.sum(),
+            jnp.ones((2, 3)),
+            ({"y": jnp.ones(3)},),
+            {},
+            ValueError,
+            r"args\[0\]\['y'\] has shape \(3,\).* 2 examples",
+        ),
+        (
+            lambda x, y: x.sum(),
+            jnp.ones((2, 3)),
+            (1.0,),
+            {},
+            ValueError,
+            r"args\[0\] has shape \(\)",
+        ),
+        (jnp.sum, jnp.ones(3), (), {"batch_size": 0}, ValueError, "at least 1"),
+        (jnp.sum, jnp.ones(3), (), {"batch_size": 1.5}, TypeError, "an integer or"),
+        (jnp.sum, jnp.ones(3), (), {"batch_size": True}, TypeError, "an integer or"),
+    ],
+)
+def test_errors_of_norms(f, x, args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        input_gradient_norms(f, x, *args, **kwargs)
+
+
+# Bounds.
+
+
+class Cnn(nn.Module):
+    """A convolution with its options, pooling, another convolution, an output."""
+
+    kernel_size: tuple = (3, 3)
+    strides: int | tuple = 1
+    padding: str = "SAME"
+    kernel_dilation: int = 1
+    feature_group_count: int = 1
+    pool: str = "none"
+    activation: str = "relu"
+    head: str = "dense"
+
+    @nn.compact
+    def __call__(self, x):
+        act = {"relu": nn.relu, "tanh": nn.tanh, "linear": lambda x: x}[self.activation]
+        names = ["kernel_size", "strides", "padding", "kernel_dilation"]
+        options = {name: getattr(self, name) for name in names}
+        groups = self.feature_group_count
+        conv = nn.Conv(4, feature_group_count=groups, name="layer_1", **options)
+        pools = {
+            "max": lambda x: nn.max_pool(x, (2, 2), (2, 2)),
+            "avg": lambda x: nn.avg_pool(x, (3, 2), (1, 1), "SAME"),
+            "none": lambda x: x,
+        }
+        x = pools[self.pool](act(conv(x)))
+        if self.head == "conv":
+            return nn.Conv(3, (2, 2), name="layer_2")(x)
+        x = act(nn.Conv(4, (2, 2), padding="CIRCULAR", name="layer_2")(x))
+        x = act(nn.Dense(5, name="layer_9")(x.reshape(-1)))
+        return nn.Dense(3, name="layer_10")(x)
+
+
+CNNS = [
+    Cnn(),
+    Cnn(padding="VALID", pool="max", activation="tanh"),
+    Cnn(strides=2, pool="avg", activation="linear"),
+    Cnn(kernel_size=(2, 3), strides=(1, 2), padding="CIRCULAR", pool="max"),
+    Cnn(kernel_dilation=2, padding="VALID", head="conv"),
+    Cnn(feature_group_count=2, pool="avg", activation="linear", head="conv"),
+    Cnn(kernel_size=(1, 1), padding="CIRCULAR", pool="avg"),
+]
+MLPS = [(3, 2), (1, 1, 1), (2, 4, 4, 4), (3, 4, 2)]
+KINDS = st.sampled_from(["normal", "positive", "constant"])
+
+
+def draw_params(shapes, rng, kind):
+    """Weights of a kind: those of one sign and of rank 1 come nearest to the bound."""
+
+    def draw(x):
+        w = rng.normal(size=x.shape)
+        if kind == "positive":
+            w = np.abs(w)
+        elif kind == "constant":
+            w = np.ones_like(w)
+        return jnp.asarray(w * 10 ** rng.uniform(-2, 2), jnp.float32)
+
+    return jax.tree.map(draw, shapes)
+
+
+def check_bounds(norms, params):
+    """All norms are within the bounds, which are in order."""
+    frobenius, spectral = (input_gradient_bound(params, norm=n) for n in NORMS)
+    assert frobenius.shape == norms.shape[-1:]
+    assert np.all(spectral <= frobenius * (1 + 1e-5))
+    assert np.all(norms <= spectral * (1 + 1e-5)), (norms / spectral).max()
+
+
+@jax.jit  # compiled once for all examples of one shape
+def mlp_norms(params, x):
+    return input_gradient_norms(functools.partial(relu_mlp, params), x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cnn_norms(module, params, x):
+    return input_gradient_norms(lambda x: module.apply({"params": params}, x), x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(widths=st.sampled_from(MLPS), kind=KINDS, seed=st.integers(0, 10**6))
+def test_mlps_are_within_their_bounds(widths, kind, seed):
+    rng = np.random.default_rng(seed)
+    params = draw_params(random_mlp(rng, widths), rng, kind)
+    x = jnp.asarray(rng.normal(size=(20, widths[0])), jnp.float32)
+    check_bounds(mlp_norms(params, x), params)
+
+
+@pytest.mark.parametrize("module", CNNS, ids=range(len(CNNS)))
+@settings(max_examples=10, deadline=None)
+@given(kind=KINDS, seed=st.integers(0, 10**6))
+def test_cnns_are_within_their_bounds(module, kind, seed):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(4, 7, 6, 2)), jnp.float32)
+    shapes = jax.eval_shape(module.init, KEY, x[0])["params"]
+    params = draw_params(shapes, rng, kind)
+    check_bounds(cnn_norms(module, params, x), params)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_linear_layer_attains_its_bound(norm):
+    kernel = normal(0, 5, 3)
+    norms = norms_of(lambda x: x @ kernel + 1, normal(1, 2, 5))
+    bound = input_gradient_bound({"kernel": kernel, "bias": jnp.ones(3)}, norm=norm)
+    np.testing.assert_allclose(norms, [bound] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_chains_of_aligned_rank_one_layers_attain_their_bound(norm):
+    rng = np.random.default_rng(0)
+    units = [np.abs(rng.normal(size=n)) for n in (4, 6, 3, 5)]
+    units = [u / np.linalg.norm(u) for u in units]
+    params = [
+        {
+            "kernel": jnp.asarray(s * np.outer(a, b), jnp.float32),
+            "bias": jnp.ones(len(b)),
+        }
+        for s, a, b in zip([2.0, 0.3, 70.0], units[:-1], units[1:], strict=True)
+    ]
+    x = jnp.abs(normal(1, 3, 4))
+    norms = norms_of(lambda x: relu_mlp(params, x), x)
+    bound = input_gradient_bound(params, norm=norm)
+    np.testing.assert_allclose(norms, [bound] * 3, rtol=1e-5)
+    np.testing.assert_allclose(bound, 42 * units[-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_convolutions_need_the_root_of_the_window(norm):
+    """Of a constant convolution with circular padding: here the bound is attained."""
+    module = nn.Sequential(
+        [nn.Conv(1, (3, 3), padding="CIRCULAR"), jnp.ravel, nn.Dense(1)]
+    )
+    x = jnp.ones((2, 6, 6, 1))
+    shapes = jax.eval_shape(module.init, KEY, x[0])["params"]
+    params = jax.tree.map(lambda s: jnp.ones(s.shape), shapes)
+    norms = norms_of(lambda x: module.apply({"params": params}, x), x)
+    bound = input_gradient_bound(params, ["layers_0", "layers_2"], norm=norm)
+    np.testing.assert_allclose(bound, [np.sqrt(36) * 3 * 3], rtol=1e-6)
+    np.testing.assert_allclose(norms, [bound] * 2, rtol=1e-6)
+
+
+def test_overlapping_max_pooling_needs_a_root_too():
+    def f(x):  # each of nine windows sees the one large pixel
+        pooled = nn.max_pool(x[..., None], (3, 3), (1, 1), "SAME")
+        return pooled.ravel() @ kernel
+
+    kernel = jnp.zeros((25, 1)).at[jnp.array([6, 7, 8, 11, 12, 13, 16, 17, 18])].set(1)
+    x = jnp.zeros((1, 5, 5)).at[0, 2, 2].set(1)
+    bound = input_gradient_bound({"kernel": kernel})
+    np.testing.assert_allclose(bound, [3.0])
+    np.testing.assert_allclose(norms_of(f, x), [bound * 3], rtol=1e-6)
+
+
+def test_which_layer_is_the_last():
+    params = {
+        f"Dense_{i}": {"kernel": normal(i, 2, 2 if i < 10 else 3), "bias": jnp.ones(2)}
+        for i in range(10)
+    } | {"Dense_10": {"kernel": normal(10, 2, 3)}}
+    bound = input_gradient_bound(params)
+    size = lambda w: np.linalg.norm(np.float64(w))  # noqa: E731
+    others = np.prod([size(params[f"Dense_{i}"]["kernel"]) for i in range(10)])
+    last = np.float64(params["Dense_10"]["kernel"])
+    np.testing.assert_allclose(bound, others * np.linalg.norm(last, axis=0), rtol=1e-5)
+    names = [f"Dense_{i}" for i in (10, *range(10))]
+    bound = input_gradient_bound(params, names)
+    ninth = np.float64(params["Dense_9"]["kernel"])
+    expected = others / size(ninth) * size(last) * np.linalg.norm(ninth, axis=0)
+    np.testing.assert_allclose(bound, expected, rtol=1e-5)
+    few = input_gradient_bound(params, ["Dense_2/kernel", "Dense_9"])
+    second = size(params["Dense_2"]["kernel"])
+    np.testing.assert_allclose(few, second * np.linalg.norm(ninth, axis=0), rtol=1e-5)
+
+
+def test_stacked_layers_and_several_output_axes():
+    params = {
+        "a": {"kernel": normal(0, 3, 2, 4, 4), "bias": jnp.ones((3, 2, 4))},
+        "b": {"kernel": normal(1, 4, 2, 3), "bias": jnp.ones((2, 3))},
+    }
+    dims = {
+        "a": {"kernel": Dims(2, 3), "bias": None},
+        "b": {"kernel": Dims(0, (1, 2)), "bias": None},
+    }
+    first, last = (np.float64(params[k]["kernel"]) for k in "ab")
+    for norm, order in (("frobenius", None), ("spectral", 2)):
+        norms = np.linalg.norm(first, order, axis=(2, 3))
+        bound = input_gradient_bound(params, norm=norm, dims=dims)
+        assert bound.shape == (2, 3)
+        expected = np.prod(norms) * np.linalg.norm(last, axis=0)
+        np.testing.assert_allclose(bound, expected, rtol=1e-5)
+        # The last layer of a stack that comes last.
+        bound = input_gradient_bound(params, ["b", "a"], norm=norm, dims=dims)
+        flat = np.linalg.norm(last.reshape(4, 6), order)
+        expected = (
+            flat * np.prod(norms.ravel()[:-1]) * np.linalg.norm(first[2, 1], axis=0)
+        )
+        np.testing.assert_allclose(bound, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_products_that_are_out_of_range(norm):
+    """Only of the bound itself can that be seen."""
+    scale = jnp.asarray([1e30, 1e30, 1e30, 1e-30, 1e-30, 1e-30])[:, None, None]
+    params = {"a": scale * jnp.ones((6, 1, 1)), "b": jnp.array([[1e30, 1e-30, 2e38]])}
+    dims = {"a": Dims(1, 2), "b": Dims(0, 1)}
+    np.testing.assert_allclose(
+        input_gradient_bound(params, norm=norm, dims=dims), params["b"][0], rtol=1e-6
+    )
+    larger = params | {"a": 10 ** (1 / 6) * params["a"]}
+    bound = input_gradient_bound(larger, norm=norm, dims=dims)
+    np.testing.assert_allclose(bound, [1e31, 1e-29, np.inf], rtol=1e-5)
+    zero = params | {"a": params["a"].at[0].set(0)}
+    np.testing.assert_array_equal(
+        input_gradient_bound(zero, norm=norm, dims=dims), np.zeros(3)
+    )
+    many = {"a": jnp.tile(scale, (200, 1, 1)), "b": params["b"]}
+    bound = input_gradient_bound(many, norm=norm, dims=dims)
+    np.testing.assert_allclose(bound, params["b"][0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_bounds_can_be_penalties(norm):
+    """Of weights whose singular values are equal, too, as orthogonal ones are."""
+    params = {"a": jnp.eye(3)[:2] * 2, "b": normal(0, 3, 2)}
+    other = jax.tree.map(lambda x: x + 1, params)
+    several = jax.tree.map(lambda *x: jnp.stack(x), params, other)
+    bound = lambda p: input_gradient_bound(p, norm=norm)  # noqa: E731
+    mapped = jax.jit(jax.vmap(bound))(several)
+    np.testing.assert_allclose(mapped[0], bound(params), rtol=1e-6)
+    np.testing.assert_allclose(mapped[1], bound(other), rtol=1e-6)
+    gradient = jax.jit(jax.grad(lambda p: bound(p).sum()))(params)
+    units = np.linalg.norm(np.float64(params["b"]), axis=0)
+    size = np.linalg.norm(params["a"], 2 if norm == "spectral" else None)
+    np.testing.assert_allclose(gradient["b"], size * params["b"] / units, rtol=1e-5)
+    if norm == "frobenius":
+        expected = units.sum() * params["a"] / size
+        np.testing.assert_allclose(gradient["a"], expected, rtol=1e-5)
+    else:  # any of the singular vectors' planes is a derivative
+        np.testing.assert_allclose(
+            np.linalg.norm(gradient["a"]), units.sum(), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("params", "kwargs", "error", "message"),
+    [
+        ({"a": jnp.ones((2, 2))}, {"norm": "l1"}, ValueError, "norm must be .*'l1'"),
+        ({"a": jnp.ones((2, 2))}, {"norm": (2, 2)}, ValueError, "norm must be"),
+        ({"bias": jnp.ones(2)}, {"layers": []}, ValueError, "one weight at least"),
+        ({}, {}, ValueError, "one weight at least"),
+        (
+            {"a": jnp.ones((2, 2)), "norm": {"scale": jnp.ones(2)}},
+            {},
+            ValueError,
+            "norm.*scale.*neither a weight nor",
+        ),
+        ({"a": jnp.ones((2, 2))}, {"layers": ["b"]}, ValueError, "'b'.*none of"),
+        ({"a": jnp.ones((2, 2))}, {"layers": "a"}, TypeError, "sequence"),
+        (
+            {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))},
+            {},
+            ValueError,
+            "dims=",
+        ),
+    ],
+)
+def test_errors_of_bounds(params, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        input_gradient_bound(params, **kwargs)

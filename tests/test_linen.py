@@ -1,0 +1,197 @@
+"""The linen module against the function, by hand, under transforms and in training."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers as Dims
+
+import weightreg as wr
+import weightreg.linen
+import weightreg.nnx
+from weightreg._parseval import convex_sum
+from weightreg.linen import ConvexSum
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+H, R, G = (jnp.asarray(x, jnp.float32) for x in RNG.normal(size=(3, 6, 4)))
+
+
+def with_logits(*logits):
+    return {"params": {"convex_logits": jnp.array(logits)}}
+
+
+def test_it_starts_at_the_mean_of_the_branches():
+    variables = jax.jit(ConvexSum().init)(KEY, H, R)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), variables) == {
+        "params": {"convex_logits": ((2,), jnp.float32)}
+    }
+    got = jax.jit(ConvexSum().apply)(variables, H, R)
+    np.testing.assert_allclose(got, (H + R) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("initial", [0.1, 0.9, 1e-6])
+def test_it_starts_where_it_is_told(initial):
+    got, _ = ConvexSum(initial).init_with_output(KEY, H, R)
+    np.testing.assert_allclose(got, initial * H + (1 - initial) * R, atol=1e-6)
+
+
+def test_it_is_the_function_and_its_derivative():
+    variables = with_logits(0.7, -0.4)
+    loss = lambda v, h, r: jnp.sum(G * ConvexSum().apply(v, h, r))  # noqa: E731
+    got = ConvexSum().apply(variables, H, R)
+    expected = convex_sum(H, R, variables["params"]["convex_logits"])
+    np.testing.assert_array_equal(got, expected)
+    a = 1 / (1 + math.exp(-1.1))
+    by_logits, by_h, by_r = jax.jit(jax.grad(loss, (0, 1, 2)))(variables, H, R)
+    slope = a * (1 - a) * jnp.sum(G * (H - R))
+    by_logits = by_logits["params"]["convex_logits"]
+    np.testing.assert_allclose(by_logits, [slope, -slope], rtol=1e-4)
+    np.testing.assert_allclose(by_h, a * G, rtol=1e-5)
+    np.testing.assert_allclose(by_r, (1 - a) * G, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "dtype", "param_dtype", "expected"),
+    [
+        ("float32", None, "float32", "float32"),
+        ("bfloat16", None, "float32", "float32"),
+        ("bfloat16", None, "bfloat16", "bfloat16"),
+        ("float32", None, "bfloat16", "float32"),
+        ("float32", "bfloat16", "float32", "bfloat16"),
+        ("bfloat16", "float16", "float32", "float16"),
+        ("int32", None, "float32", "float32"),
+    ],
+)
+def test_dtypes_are_those_of_a_dense_layer(inputs, dtype, param_dtype, expected):
+    kwargs = {"dtype": dtype, "param_dtype": param_dtype}
+    h, r = (10 * H).astype(inputs), (10 * R).astype(inputs)
+    got, variables = ConvexSum(0.3, **kwargs).init_with_output(KEY, h, r)
+    dense, dense_variables = nn.Dense(4, **kwargs).init_with_output(KEY, h)
+    assert got.dtype == dense.dtype == expected
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves([variables, dense_variables])}
+    assert dtypes == {jnp.dtype(param_dtype)}
+    model = weightreg.nnx.ConvexSum(0.3, **kwargs)
+    np.testing.assert_array_equal(model(h, r), got)
+    assert model(h, r).dtype == expected
+
+
+def test_logits_are_not_rounded_with_the_inputs():
+    """1 and 1.001 are one number in bfloat16."""
+    for layer in (ConvexSum(dtype=jnp.bfloat16), weightreg.nnx.ConvexSum):
+        if isinstance(layer, nn.Module):
+            run = lambda h, r: layer.apply(with_logits(1.001, 1.0), h, r)  # noqa: B023, E731
+        else:
+            run = layer(dtype=jnp.bfloat16)
+            run.convex_logits[...] = jnp.array([1.001, 1.0])
+        far = run(jnp.bfloat16(2**14), jnp.bfloat16(-(2**14)))
+        np.testing.assert_allclose(far, 2**14 * 0.0005, rtol=0.01)
+
+
+def test_training_learns_the_balance():
+    """Towards 0.8 of one branch, by Adam under volumization, which leaves it alone."""
+    target = 0.8 * H + 0.2 * R
+    tx = wr.volumized_adam(0.05, volume=0.01, alpha=0.0)
+    loss = lambda v: jnp.mean((ConvexSum().apply(v, H, R) - target) ** 2)  # noqa: E731
+
+    def step(carry, _):
+        variables, state = carry
+        updates, state = tx.update(jax.grad(loss)(variables), state, variables)
+        return (optax.apply_updates(variables, updates), state), None
+
+    variables = ConvexSum().init(KEY, H, R)
+    (variables, _), _ = jax.lax.scan(step, (variables, tx.init(variables)), length=300)
+    a, b = jax.nn.softmax(variables["params"]["convex_logits"])
+    np.testing.assert_allclose([a, b], [0.8, 0.2], atol=1e-3)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, h, _):
+        return ConvexSum(0.75)(h, nn.relu(nn.Dense(4)(h))), None
+
+
+class Network(nn.Module):
+    layers: int = 3
+
+    @nn.compact
+    def __call__(self, h):
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+        )
+        return blocks()(h, None)[0]
+
+
+def test_under_scan_the_logits_are_stacked_and_still_no_weight():
+    params = Network().init(KEY, H)["params"]
+    (block,) = params.values()
+    logits = block["ConvexSum_0"]["convex_logits"]
+    assert logits.shape == (3, 2)
+    np.testing.assert_allclose(jax.nn.softmax(logits)[:, 0], 0.75, rtol=1e-6)
+
+    mask = wr.weight_mask(params)
+    (flags,) = mask.values()
+    assert flags == {
+        "ConvexSum_0": {"convex_logits": False},
+        "Dense_0": {"bias": False, "kernel": True},
+    }
+    (layer,) = wr.weight_layers(params)
+    assert layer.shape == (3, 4, 4)
+
+    dims = lambda p: jax.tree.map(lambda w: Dims(1, 2) if w else None, mask)  # noqa: E731
+    tx = wr.volumized_sgd(0.1, volume=0.1, alpha=0.0, dims=dims)
+    grads = jax.grad(lambda p: jnp.sum(Network().apply({"params": p}, H) ** 2))(params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    (update,), (grad,) = updates.values(), grads.values()
+    expected = -0.1 * grad["ConvexSum_0"]["convex_logits"]
+    assert np.all(expected != 0)
+    got = update["ConvexSum_0"]["convex_logits"]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_scanned_blocks_equal_a_loop():
+    params = Network().init(KEY, H)["params"]
+    (block,) = params.values()
+    spread = jnp.array([[1.0, 0.0], [-2.0, 0.5], [0.0, 0.0]])
+    block["ConvexSum_0"]["convex_logits"] = spread
+    h = np.asarray(H, np.float64)
+    for i in range(3):
+        dense = jax.tree.map(lambda x, i=i: np.asarray(x[i], float), block["Dense_0"])
+        r = np.maximum(h @ dense["kernel"] + dense["bias"], 0)
+        a = 1 / (1 + math.exp(spread[i, 1] - spread[i, 0]))
+        h = a * h + (1 - a) * r
+    got = Network().apply({"params": params}, H)
+    np.testing.assert_allclose(got, h, rtol=1e-4, atol=1e-5)
+
+
+def test_lifted_vmap_and_remat():
+    mapped = nn.vmap(
+        ConvexSum, variable_axes={"params": 0}, split_rngs={"params": True}
+    )()
+    variables = mapped.init(KEY, H, R)
+    assert variables["params"]["convex_logits"].shape == (6, 2)
+    assert not wr.weight_mask(variables)["params"]["convex_logits"]
+    np.testing.assert_allclose(mapped.apply(variables, H, R), (H + R) / 2, rtol=1e-6)
+    variables = with_logits(0.7, -0.4)
+    got = nn.remat(ConvexSum)().apply(variables, H, R)
+    np.testing.assert_allclose(got, ConvexSum().apply(variables, H, R), rtol=1e-6)
+
+
+def test_errors():
+    with pytest.raises(
+        ValueError, match=r"residual must have the shape of h, \(6, 4\)"
+    ):
+        ConvexSum().init(KEY, H, R[:1])
+    with pytest.raises(ValueError, match="initial must be between 0 and 1, but is 1"):
+        ConvexSum(1.0).init(KEY, H, R)
+    with pytest.raises(TypeError, match="initial must be a number, not 'x'"):
+        ConvexSum("x").init(KEY, H, R)
+    with pytest.raises(ValueError, match="Dtype must be inexact"):
+        ConvexSum(dtype=jnp.int32).init(KEY, H, R)
