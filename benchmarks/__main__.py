@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: compare, cost, report, readme."""
+"""``python -m benchmarks``: compare, experiment, cost, report, readme."""
 
 import argparse
 import contextlib
@@ -17,6 +17,24 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+# Of a comparison; what is not given is a default, which may depend on the data set.
+SETTINGS = {
+    "noise": (float, "fraction of wrong labels"),
+    "seeds": (int, "of the final runs"),
+    "epochs": (int, None),
+    "batch": (int, None),
+    "examples": (int, "to train on, at most"),
+    "trials": (int, "of each method's tuning"),
+    "tuning_seeds": (int, "that each trial is averaged over"),
+    "tune_for": (str, "held-out accuracy, or that under fgsm"),
+    "model": (str, "see benchmarks/models.py"),
+    "optimizer": (str, "adam or momentum"),
+    "epsilon": (float, "radius of the attacks, L-infinity"),
+    "attacked": (int, "test examples that are attacked, at most"),
+    "attack_steps": (int, "of PGD"),
+    "restarts": (int, "of PGD"),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one subcommand and returns the exit status."""
@@ -32,27 +50,50 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace, console: Console) -> int:
     """Compares methods on a data set."""
-    # Runs are spread over devices: let each core be one, unless JAX has started.
+    given = {name: getattr(options, name) for name in SETTINGS}
+    given |= {"adversarial": options.adversarial, "data_dir": options.data_dir}
+    given["methods"] = options.methods and tuple(options.methods.split(","))
+    given["mapping"] = options.mapping or _mapping()
+    from benchmarks.compare import Settings
+
+    settings = Settings.of(options.dataset, **given)
+    return _compare(settings, options.out / f"{settings.name()}.json", {}, console)
+
+
+def experiment(options: argparse.Namespace, console: Console) -> int:
+    """Runs the comparisons of a table of a paper."""
+    mapping = options.mapping or _mapping()
+    from benchmarks.compare import Settings
+    from benchmarks.experiments import EXPERIMENTS
+
+    chosen = EXPERIMENTS[options.name]
+    parts = options.parts.split(",") if options.parts else list(chosen.parts)
+    if unknown := set(parts) - set(chosen.parts):
+        raise ValueError(
+            f"parts must be among {', '.join(chosen.parts)}, not {', '.join(unknown)}."
+        )
+    for part in parts:
+        given = chosen.settings(part, options.scale)
+        where = {"mapping": mapping, "data_dir": options.data_dir}
+        settings = Settings.of(**given, **where)
+        mark = {"name": options.name, "part": part, "scale": options.scale}
+        out = options.out / f"{options.name}-{options.scale}-{part}.json"
+        if status := _compare(settings, out, {"experiment": mark}, console):
+            return status
+    return 0
+
+
+def _mapping() -> str:
+    """Spreads runs over devices on CPU: lets each core be one, unless JAX runs."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", _cores())
-    on_cpu = jax.default_backend() == "cpu"
-    mapping = options.mapping or ("devices" if on_cpu else "vmap")
-    from benchmarks.compare import Settings, run
+    return "devices" if jax.default_backend() == "cpu" else "vmap"
 
-    settings = Settings.of(
-        options.dataset,
-        noise=options.noise,
-        seeds=options.seeds,
-        epochs=options.epochs,
-        batch=options.batch,
-        trials=options.trials,
-        tuning_seeds=options.tuning_seeds,
-        methods=options.methods and tuple(options.methods.split(",")),
-        epsilon=options.epsilon,
-        mapping=mapping,
-        data_dir=options.data_dir,
-    )
-    out = options.out / f"{settings.dataset}-noise{round(100 * settings.noise)}.json"
+
+def _compare(settings, out: pathlib.Path, mark: dict, console: Console) -> int:
+    """Runs a comparison with a progress bar, and shows what is finished of it."""
+    from benchmarks.compare import run
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -62,12 +103,12 @@ def compare(options: argparse.Namespace, console: Console) -> int:
     status = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("compiling", total=settings.ticks())
+
+        def tick(what: str) -> None:
+            bar.update(task, advance=1, description=what)
+
         try:
-            run(
-                settings,
-                out,
-                lambda what: bar.update(task, advance=1, description=what),
-            )
+            run(settings, out, tick, mark)
         except KeyboardInterrupt:
             status = 130
     if out.is_file():
@@ -140,28 +181,25 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--dataset", choices=("digits", "mnist", "cifar10"), default="digits"
     )
+    for name, (kind, text) in SETTINGS.items():
+        add.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     add.add_argument(
-        "--noise", type=float, default=0.4, help="fraction of wrong labels"
-    )
-    add.add_argument("--seeds", type=int, default=5)
-    add.add_argument("--epochs", type=int, help="default depends on the data set")
-    add.add_argument("--batch", type=int, help="default depends on the data set")
-    add.add_argument("--trials", type=int, default=12, help="of each method's tuning")
-    add.add_argument(
-        "--tuning-seeds", type=int, help="that each trial is averaged over"
+        "--adversarial",
+        type=float,
+        nargs="?",
+        const=0.01,
+        help="train on examples that PGD has moved by at most this (0.01)",
     )
     add.add_argument("--methods", help="separated by commas; default: all")
-    add.add_argument("--epsilon", type=float, help="radius of the attacks, L-infinity")
-    add.add_argument(
-        "--mapping",
-        choices=("devices", "vmap"),
-        help="one run after another on each device (on CPU, each core), or all at once",
-    )
-    add.add_argument(
-        "--data-dir", help="folder with NAME/train.parquet and test.parquet"
-    )
-    add.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
+    _add_common(add)
     add.set_defaults(command=compare)
+
+    add = commands.add_parser("experiment", help="repeat a table of a paper")
+    add.add_argument("name", choices=("weissi-table1", "volumization-table2"))
+    add.add_argument("--scale", choices=("cpu", "full"), default="cpu")
+    add.add_argument("--parts", help="separated by commas; default: all")
+    _add_common(add)
+    add.set_defaults(command=experiment)
 
     add = commands.add_parser("cost", help="measure what an optimizer's step costs")
     add.add_argument(
@@ -182,6 +220,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.set_defaults(command=readme)
     return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mapping",
+        choices=("devices", "vmap"),
+        help="one run after another on each device (on CPU, each core), or all at once",
+    )
+    parser.add_argument(
+        "--data-dir", help="folder with NAME/train.parquet and test.parquet"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
 
 
 if __name__ == "__main__":

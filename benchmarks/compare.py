@@ -12,18 +12,27 @@ import numpy as np
 
 import weightreg as wr
 from benchmarks import data as data_module
-from benchmarks import models
+from benchmarks import models, robustness
 from benchmarks.cost import relative_times
 from benchmarks.data import Dataset
-from benchmarks.methods import METHODS, at_edge, trials
+from benchmarks.methods import BASES, METHODS, at_edge, trials
 from benchmarks.record import environment, save
-from benchmarks.train import Arrays, Labels, Population, example_loss, make_step
+from benchmarks.train import (
+    ADVERSARY_STEPS,
+    Arrays,
+    Labels,
+    Measured,
+    Population,
+    Training,
+    example_loss,
+    make_step,
+)
 
 TUNING_SEED = 1_000_000  # far from the seeds of the final runs
+SOURCE_SEED = 2_000_000  # of the network that attacks are transferred from
 NOISE_STREAM = 1
-ATTACKED = 1000  # test examples, at most
-PGD_STEPS = 20
 BINS = 60
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of attacks in plots, in units of epsilon
 
 # Two draws of the noise to tune on, since held-out labels are noisy too. Digits are
 # few: small batches. Cifar10's radius is the usual 8/255.
@@ -33,6 +42,13 @@ DEFAULTS = {
     "cifar10": {"epochs": 20, "batch": 128, "tuning_seeds": 2, "epsilon": 8 / 255},
 }
 
+COUNTS = ("seeds", "epochs", "batch", "trials", "tuning_seeds", "examples", "attacked")
+CHOICES = {
+    "model": models.MODELS,
+    "optimizer": BASES,
+    "tune_for": ("accuracy", "fgsm"),
+    "mapping": ("devices", "vmap"),
+}
 Tick = Callable[[str], None]
 
 
@@ -47,8 +63,16 @@ class Settings:
     batch: int
     trials: int = 12
     tuning_seeds: int
-    methods: tuple[str, ...] = ("none", "weight_decay", "l2", "volumization")
+    methods: tuple[str, ...] = ("none", "weight_decay", "l2", "volumization", "weissi")
+    model: str
+    optimizer: str = "adam"
+    adversarial: float = 0.0
+    tune_for: str = "accuracy"
+    examples: int | None = None
     epsilon: float
+    attacked: int = 1000
+    attack_steps: int = 20
+    restarts: int = 3
     mapping: str = "devices"
     data_dir: str | None = None
 
@@ -60,14 +84,20 @@ class Settings:
                 f"dataset must be among {', '.join(DEFAULTS)}, not {dataset!r}."
             )
         known = {name: value for name, value in given.items() if value is not None}
-        return cls(dataset=dataset, **(DEFAULTS[dataset] | known))
+        default: dict[str, Any] = {"model": models.DEFAULT[dataset]}
+        default |= DEFAULTS[dataset]
+        return cls(dataset=dataset, **(default | known))
 
     def __post_init__(self):
         """Refuses what cannot be run."""
-        for name in ("seeds", "epochs", "batch", "trials", "tuning_seeds"):
-            if getattr(self, name) < 1:
+        for name in COUNTS:
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, but is {count}.")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in list(known):
                 raise ValueError(
-                    f"{name} must be at least 1, but is {getattr(self, name)}."
+                    f"{name} must be among {', '.join(known)}, not "
+                    f"{getattr(self, name)!r}."
                 )
         if unknown := set(self.methods) - set(METHODS):
             raise ValueError(
@@ -79,53 +109,83 @@ class Settings:
             )
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must be in [0, 1], but is {self.noise}.")
-        if not self.epsilon >= 0:
-            raise ValueError(f"epsilon must be at least 0, but is {self.epsilon}.")
+        for name in ("epsilon", "adversarial"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"{name} must be at least 0, but is {getattr(self, name)}."
+                )
+        self.attacks()
 
     @property
     def last(self) -> int:
         """How many epochs "last" averages: ten as the paper, or a fifth of few."""
         return min(10, max(1, self.epochs // 5))
 
+    def name(self) -> str:
+        """What results are called."""
+        words = [self.dataset, f"noise{round(100 * self.noise)}"]
+        words += [self.model] * (self.model != models.DEFAULT[self.dataset])
+        words += [self.optimizer] * (self.optimizer != "adam")
+        words += ["adversarial"] * (self.adversarial > 0)
+        return "-".join(words)
+
     def ticks(self) -> int:
         """How often `run` will report: once an epoch of every population."""
-        return 2 * self.epochs * len(self.methods)
+        tuned = sum(not METHODS[name].fixed for name in self.methods)
+        return self.epochs * (1 + tuned + len(self.methods))
+
+    def attacks(self) -> robustness.Settings:
+        """How hard networks are attacked in the end."""
+        return robustness.Settings(steps=self.attack_steps, restarts=self.restarts)
+
+    def training(self, method: str, classes: int, attacked: bool = False) -> Training:
+        """How runs of a method are trained, and whether they are attacked meanwhile."""
+        return Training(
+            model=models.make(self.model, classes),
+            optimizer=functools.partial(METHODS[method].build, base=self.optimizer),
+            batch=self.batch,
+            adversary=self.adversarial,
+            epsilon=self.epsilon if attacked else None,
+        )
 
     def command(self) -> str:
         """The command line that repeats the comparison."""
-        names = (
-            "noise",
-            "seeds",
-            "epochs",
-            "batch",
-            "trials",
-            "tuning_seeds",
-            "epsilon",
-        )
-        words = [f"python -m benchmarks compare --dataset {self.dataset}"]
-        words += [f"--{n.replace('_', '-')} {getattr(self, n):.6g}" for n in names]
-        words += [f"--methods {','.join(self.methods)} --mapping {self.mapping}"]
+        words = ["python -m benchmarks compare"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("methods", "data_dir") or value is None:
+                continue
+            text = f"{value:.6g}" if isinstance(value, float) else f"{value}"
+            words.append(f"--{field.name.replace('_', '-')} {text}")
+        words.append(f"--methods {','.join(self.methods)}")
         return " ".join(words + (["--data-dir DATA"] if self.data_dir else []))
 
 
-def run(settings: Settings, out: pathlib.Path, tick: Tick = lambda _: None) -> dict:
+def run(
+    settings: Settings,
+    out: pathlib.Path,
+    tick: Tick = lambda _: None,
+    mark: dict | None = None,
+) -> dict:
     """Runs a comparison and keeps ``out`` up to date with all that is finished.
 
     Args:
       settings: What to compare.
       out: JSON file, written anew after every method.
       tick: Called after each epoch of a population, with what it was.
+      mark: What else the file is to say, such as the experiment it belongs to.
 
     Returns:
       The content of the file.
     """
     data = data_module.load(settings.dataset, settings.data_dir)
-    result = _header(settings, data)
+    result = _header(settings, data) | (mark or {})
     save(result, out)
+    source = _source(data, settings, tick)
     for name in settings.methods:
         entry: dict[str, Any] = {"label": METHODS[name].label}
         entry["tuning"] = tune(name, data, settings, tick)
-        entry |= final(name, entry["tuning"]["chosen"], data, settings, tick)
+        entry |= final(name, entry["tuning"]["chosen"], data, settings, source, tick)
         result["results"][name] = entry
         save(result, out)
     result["relative_step_time"] = step_times(data, settings, result["results"])
@@ -135,27 +195,27 @@ def run(settings: Settings, out: pathlib.Path, tick: Tick = lambda _: None) -> d
 
 
 def tune(name: str, data: Dataset, settings: Settings, tick: Tick) -> dict:
-    """Trains all trials at once and chooses by accuracy on held-out noisy labels."""
+    """Trains all trials at once and chooses by held-out examples, labels noisy."""
     method = METHODS[name]
-    tried = trials(method, settings.trials)
-    train, held_out = data_module.split(data)
-    arrays = Arrays(
-        jnp.asarray(data.x_train[train]), jnp.asarray(data.x_train[held_out])
-    )
+    if method.fixed:
+        chosen = dict(method.fixed)
+        return {"trials": [], "chosen": chosen, "score": None, "at_edge": []}
+    tried = trials(method, settings.optimizer, settings.trials)
+    train, held_out = _split(data, settings)
     seeds = [TUNING_SEED + i for i in range(settings.tuning_seeds)]
     noisy = [_noisy(data, settings, seed) for seed in seeds]
     rows = lambda part: np.repeat([n[part] for n in noisy], len(tried), axis=0)  # noqa: E731
-    labels = Labels(jnp.asarray(rows(train)), jnp.asarray(rows(held_out)))
-    curves, _ = _train(
-        name,
-        models.make(data.name, data.classes),
-        arrays,
-        labels,
+    measured, _ = _train(
+        settings.training(name, data.classes, settings.tune_for == "fgsm"),
+        Arrays(jnp.asarray(data.x_train[train]), jnp.asarray(data.x_train[held_out])),
+        Labels(jnp.asarray(rows(train)), jnp.asarray(rows(held_out))),
         np.repeat(seeds, len(tried)),
         tried * len(seeds),
         settings,
-        tick,
+        lambda: tick(method.label),
     )
+    by = {"accuracy": measured.accuracy, "fgsm": measured.attacked}
+    curves = by[settings.tune_for]
     scores = curves[:, -settings.last :].mean(1).reshape(len(seeds), -1).mean(0)
     best = int(np.argmax(scores))
     return {
@@ -165,28 +225,31 @@ def tune(name: str, data: Dataset, settings: Settings, tick: Tick) -> dict:
         ],
         "chosen": tried[best],
         "score": _round(scores[best]),
-        "at_edge": at_edge(method, tried[best]),
+        "at_edge": at_edge(method, settings.optimizer, tried[best]),
     }
 
 
 def final(
-    name: str, chosen: dict[str, float], data: Dataset, settings: Settings, tick: Tick
+    name: str,
+    chosen: dict[str, float],
+    data: Dataset,
+    settings: Settings,
+    source: robustness.Network,
+    tick: Tick,
 ) -> dict:
     """Trains fresh seeds with the chosen hyperparameters, then tests and attacks."""
     seeds = list(range(settings.seeds))
-    train, _ = data_module.split(data)
-    arrays = Arrays(jnp.asarray(data.x_train[train]), jnp.asarray(data.x_test))
-    labels = Labels(
-        jnp.asarray([_noisy(data, settings, seed)[train] for seed in seeds]),
-        jnp.tile(data.y_test, (len(seeds), 1)),
+    measured, params = _final_runs(
+        name, chosen, data, settings, seeds, lambda: tick(METHODS[name].label)
     )
-    model = models.make(data.name, data.classes)
-    hyper = [chosen] * len(seeds)
-    curves, params = _train(name, model, arrays, labels, seeds, hyper, settings, tick)
+    curves = measured.accuracy
     last = curves[:, -settings.last :].mean(1)
-    metrics = {"best": curves.max(1), "last": last} | attack(params, data, settings)
+    attacked, warnings = attack(params, data, settings, source)
+    metrics = {"best": curves.max(1), "last": last} | attacked
     return {
-        "test_accuracy": [[_round(a) for a in curve] for curve in curves],
+        "test_accuracy": _rounded(curves),
+        "log_energy": _rounded(measured.log_energy),
+        "complexity": _rounded(measured.complexity),
         "metrics": {
             metric: {
                 "seeds": [_round(v) for v in values],
@@ -195,29 +258,65 @@ def final(
             }
             for metric, values in metrics.items()
         },
+        "warnings": warnings,
+        "strength": strength(params[0], data, settings, source),
+        "gradients": gradients(params, data, settings),
         "weights": weights(name, chosen, params[0]),
     }
 
 
 def attack(
-    params: list[Any], data: Dataset, settings: Settings
-) -> dict[str, np.ndarray]:
-    """Accuracy of each network under FGSM, under PGD, and where it withstands both."""
-    model = models.make(data.name, data.classes)
-    subset = np.random.default_rng(0).permutation(len(data.y_test))[:ATTACKED]
-    x, y = jnp.asarray(data.x_test[subset]), jnp.asarray(data.y_test[subset])
-    rows = [_attacked(model, settings.epsilon, p, x, y) for p in params]
-    return dict(zip(("fgsm", "pgd", "both"), np.array(rows).T, strict=True))
+    params: list[Any], data: Dataset, settings: Settings, source: robustness.Network
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Accuracy of each network under each attack, and warnings of masked gradients."""
+    x, y = _attacked_examples(data, settings)
+    found = [
+        robustness.evaluate(
+            robustness.Network(source.logits, p),
+            x,
+            y,
+            settings.epsilon,
+            settings.attacks(),
+            source,
+        )
+        for p in params
+    ]
+    rows = [robustness.accuracies(f) for f in found]
+    metrics = {a: np.array([row[a] for row in rows]) for a in rows[0] if a != "clean"}
+    warned = [(seed, robustness.masked_gradients(f)) for seed, f in enumerate(found)]
+    return metrics, [f"Seed {seed}: {text}" for seed, text in warned if text]
 
 
-@functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods
-def _attacked(model, epsilon, params, x, y) -> list[jax.Array]:
-    loss = lambda x, y: example_loss(model, params, x, y)  # noqa: E731
-    fgsm = wr.fgsm(loss, x, y, epsilon)
-    key = jax.random.key(0)
-    pgd = wr.pgd(loss, x, y, epsilon, steps=PGD_STEPS, key=key)
-    hits = [jnp.argmax(models.logits(model, params, a), -1) == y for a in (fgsm, pgd)]
-    return [jnp.mean(h) for h in (*hits, hits[0] & hits[1])]
+def strength(
+    params: Any, data: Dataset, settings: Settings, source: robustness.Network
+) -> dict[str, list[float]]:
+    """Accuracy of one network over the strength of attacks."""
+    x, y = _attacked_examples(data, settings)
+    epsilons = [settings.epsilon * s for s in STRENGTHS] if settings.epsilon else [0.0]
+    network = robustness.Network(source.logits, params)
+    rows = robustness.curve(network, x, y, epsilons, settings.attacks(), source)
+    return {name: [_round(v) for v in values] for name, values in rows.items()}
+
+
+def gradients(params: list[Any], data: Dataset, settings: Settings) -> dict[str, list]:
+    """A histogram of the norms of input gradients, over test examples and seeds."""
+    model = models.make(settings.model, data.classes)
+    x, y = _attacked_examples(data, settings)
+    norms = np.concatenate([_gradient_norms(model, p, x, y) for p in params])
+    exponents = np.log10(np.maximum(norms, 1e-20))
+    counts, edges = np.histogram(exponents, BINS)
+    return {
+        "counts": counts.tolist(),
+        "log10_edges": [float(f"{e:.6g}") for e in edges],
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient_norms(model, params, x, y) -> jax.Array:
+    def loss(x, y):
+        return example_loss(model, params, x[None], y[None])[0]
+
+    return wr.input_gradient_norms(loss, x, y, batch_size=100)
 
 
 def weights(name: str, chosen: dict[str, float], params: Any) -> dict[str, dict]:
@@ -238,18 +337,20 @@ def weights(name: str, chosen: dict[str, float], params: Any) -> dict[str, dict]
 
 def step_times(data: Dataset, settings: Settings, results: dict) -> dict[str, float]:
     """Time of a training step relative to one without regularization."""
-    model = models.make(data.name, data.classes)
     first = slice(settings.batch)
     x, y = jnp.asarray(data.x_train[first]), jnp.asarray(data.y_train[first])
-    chosen = {"none": {"learning_rate": 1e-3}}  # timed first, even if not asked for
+    key = jax.random.key(0)
+    # Timed first, even if not asked for.
+    chosen = {"none": {"learning_rate": BASES[settings.optimizer].usual}}
     chosen |= {name: entry["tuning"]["chosen"] for name, entry in results.items()}
     steps, carries = {}, {}
     for name, hyper in chosen.items():
-        step, *carries[name] = make_step(model, METHODS[name], hyper, x)
+        training = settings.training(name, data.classes)
+        step, *carries[name] = make_step(training, hyper, x)
 
         def several(carry, step=step):  # one step alone is too short to time
             for _ in range(5):
-                carry = step(*carry, x, y)
+                carry = step(*carry, x, y, key)
             return carry
 
         steps[name] = several
@@ -257,18 +358,54 @@ def step_times(data: Dataset, settings: Settings, results: dict) -> dict[str, fl
     return {name: times[name] for name in results}
 
 
-def _train(name, model, arrays, labels, seeds, hyper, settings, tick):
-    """Accuracy curves (runs, epochs), and the parameters in the end."""
-    population = Population(
-        model, METHODS[name], arrays, settings.batch, settings.mapping
+def _source(data: Dataset, settings: Settings, tick: Tick) -> robustness.Network:
+    """An unregularized network, trained like the others, to transfer attacks from."""
+    hyper = {"learning_rate": BASES[settings.optimizer].usual}
+    seeds = [SOURCE_SEED]
+    _, (params,) = _final_runs(
+        "none", hyper, data, settings, seeds, lambda: tick("a network to attack with")
     )
+    model = models.make(settings.model, data.classes)
+    return robustness.Network(functools.partial(models.logits, model), params)
+
+
+def _final_runs(name, hyper, data, settings, seeds, tick):
+    """Runs on noisy training labels, tested on the test examples."""
+    train, _ = _split(data, settings)
+    labels = Labels(
+        jnp.asarray([_noisy(data, settings, seed)[train] for seed in seeds]),
+        jnp.tile(data.y_test, (len(seeds), 1)),
+    )
+    arrays = Arrays(jnp.asarray(data.x_train[train]), jnp.asarray(data.x_test))
+    training = settings.training(name, data.classes)
+    hypers = [hyper] * len(seeds)
+    return _train(training, arrays, labels, seeds, hypers, settings, tick)
+
+
+def _train(
+    training, arrays, labels, seeds, hyper, settings, tick
+) -> tuple[Measured, list[Any]]:
+    """What is measured, (runs, epochs), and the parameters in the end."""
+    population = Population(training, arrays, settings.mapping)
     progress = population.start(seeds, hyper, labels)
-    curves = []
+    rows = []
     for _ in range(settings.epochs):
-        progress, accuracy = population.epoch(progress)
-        curves.append(accuracy)
-        tick(METHODS[name].label)
-    return np.stack(curves, axis=1), population.params(progress)
+        progress, measured = population.epoch(progress)
+        rows.append(measured)
+        tick()
+    stacked = jax.tree.map(lambda *epochs: np.stack(epochs, axis=1), *rows)
+    return stacked, population.params(progress)
+
+
+def _split(data: Dataset, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    train, held_out = data_module.split(data)
+    return train[: settings.examples], held_out
+
+
+def _attacked_examples(data: Dataset, settings: Settings):
+    subset = np.random.default_rng(0).permutation(len(data.y_test))
+    subset = subset[: settings.attacked]
+    return data.x_test[subset], data.y_test[subset]
 
 
 def _noisy(data: Dataset, settings: Settings, seed: int) -> np.ndarray:
@@ -281,6 +418,10 @@ def _round(x: Any) -> float:
     return round(float(x), 5)
 
 
+def _rounded(curves: np.ndarray) -> list[list[float]]:
+    return [[_round(x) for x in curve] for curve in curves]
+
+
 def _header(settings: Settings, data: Dataset) -> dict:
     shown = dataclasses.asdict(settings) | {"last": settings.last}
     del shown["data_dir"]  # a path of this machine; data.source says what was read
@@ -289,16 +430,16 @@ def _header(settings: Settings, data: Dataset) -> dict:
         "command": settings.command(),
         "settings": shown,
         "fixed": {
-            "model": models.describe(models.make(data.name, data.classes)),
-            "pgd_steps": PGD_STEPS,
-            "attacked_examples": min(ATTACKED, len(data.y_test)),
+            "model": models.describe(models.make(settings.model, data.classes)),
+            "adversary_steps": ADVERSARY_STEPS,
             "tuning_seeds": [TUNING_SEED + i for i in range(settings.tuning_seeds)],
             "seeds": list(range(settings.seeds)),
+            "source_seed": SOURCE_SEED,
         },
         "data": {
             "source": data.source,
-            "train": len(data_module.split(data)[0]),
-            "validation": len(data_module.split(data)[1]),
+            "train": len(_split(data, settings)[0]),
+            "validation": len(_split(data, settings)[1]),
             "test": len(data.y_test),
         },
         **environment(),

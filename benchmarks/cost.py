@@ -1,5 +1,6 @@
 """What a step of an optimizer costs: time, memory traffic and temporaries."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -11,9 +12,12 @@ import numpy as np
 import optax
 
 import weightreg as wr
+from benchmarks import models
 from benchmarks.record import environment
+from benchmarks.train import example_loss, initialize
 
 LEAVES = 16
+ENERGY, COMPLEXITY = 1e-9, 1e-5  # of WEISSI; times do not depend on them
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": lambda: optax.adam(1e-3),
     "adamw": lambda: optax.adamw(1e-3, mask=wr.weight_mask),
@@ -23,6 +27,20 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "volumized(adam)": lambda: wr.volumized(
         optax.adam(1e-3), wr.he_volume(0.5), alpha=0.99
     ),
+    "chain(add_weissi, adam)": lambda: optax.chain(
+        wr.add_weissi(ENERGY, COMPLEXITY), optax.adam(1e-3)
+    ),
+}
+TRAINED = ("mlp1024", "cnn16")
+# Whole training steps with momentum: what is added to the loss, and to the chain.
+PENALTIES: dict[str, tuple[Callable[[Any], Any], optax.GradientTransformation]] = {
+    "none": (lambda params: 0.0, optax.identity()),
+    "add_decayed_weights": (
+        lambda params: 0.0,
+        optax.add_decayed_weights(1e-4, mask=wr.weight_mask),
+    ),
+    "weissi in the loss": (wr.weissi(ENERGY, COMPLEXITY), optax.identity()),
+    "add_weissi": (lambda params: 0.0, wr.add_weissi(ENERGY, COMPLEXITY)),
 }
 
 
@@ -81,6 +99,31 @@ def memory(compiled, parameters: int) -> dict[str, float]:
     }
 
 
+def training_times(model: str, batch: int, rounds: int) -> dict[str, float]:
+    """Times of training steps with each of `PENALTIES`, relative to none."""
+    network = models.make(model, 10)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(size=(batch, 28, 28)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 10, batch))
+    steps, carries = {}, {}
+    for name, (penalty, link) in PENALTIES.items():
+        tx = optax.chain(link, optax.sgd(1e-3, momentum=0.9))
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(carry, tx=tx, penalty=penalty):
+            params, state = carry
+
+            def loss(params):
+                return example_loss(network, params, x, y).mean() + penalty(params)
+
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, _ = initialize(network, 0, x[:1])
+        steps[name], carries[name] = step, (params, tx.init(params))
+    return relative_times(steps, carries, rounds)
+
+
 def run(side: int, rounds: int) -> dict:
     """Measures all optimizers on ``LEAVES`` float32 kernels of ``side`` by ``side``."""
     keys = jax.random.split(jax.random.key(0), LEAVES)
@@ -102,4 +145,5 @@ def run(side: int, rounds: int) -> dict:
             name: {"relative_time": times[name]} | memory(compiled[name], parameters)
             for name in OPTIMIZERS
         },
+        "training": {model: training_times(model, 100, rounds) for model in TRAINED},
     }

@@ -14,6 +14,30 @@ from scipy.stats import qmc
 import weightreg as wr
 
 Hyperparameters = Mapping[str, float]
+Direction = Callable[[], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a method is added to.
+
+    Attributes:
+      direction: The optimizer without its learning rate.
+      learning_rate: Smallest and largest, in every method's space, so that "none" uses
+        its trials too. Rates so low that training ends before it fits would be early
+        stopping, another method.
+      usual: A rate that does, for networks that are only to be attacked with.
+    """
+
+    direction: Direction
+    learning_rate: tuple[float, float]
+    usual: float
+
+
+BASES: dict[str, Base] = {
+    "adam": Base(optax.scale_by_adam, (5e-4, 5e-3), 1e-3),
+    "momentum": Base(lambda: optax.trace(0.9), (1e-2, 2e-1), 5e-2),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,64 +46,110 @@ class Method:
 
     Attributes:
       label: Name in tables and plots.
-      optimizer: From hyperparameters, which may be traced, to an optimizer.
-      space: Smallest and largest value of every hyperparameter, on a log scale.
+      optimizer: From hyperparameters, which may be traced, a direction and a learning
+        rate as links of a chain, to an optimizer.
+      space: Smallest and largest value of every further hyperparameter, on a log scale.
+      fixed: All hyperparameters, for a method that is not tuned.
       volume: From hyperparameters to a volume rule, if weights have walls.
     """
 
     label: str
-    optimizer: Callable[[Hyperparameters], optax.GradientTransformation]
-    space: Mapping[str, tuple[float, float]]
+    optimizer: Callable[..., optax.GradientTransformation]
+    space: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    fixed: Hyperparameters | None = None
     volume: Callable[[Hyperparameters], Callable] | None = None
 
+    def build(self, hyper: Hyperparameters, base: str) -> optax.GradientTransformation:
+        """The optimizer for some hyperparameters."""
+        rate = optax.scale_by_learning_rate(hyper["learning_rate"])
+        return self.optimizer(hyper, BASES[base].direction(), rate)
 
-# In every space, so that "none" uses its trials too. Around Adam's usual 1e-3: rates so
-# low that training ends before it fits would be early stopping, another method.
-RATE = {"learning_rate": (5e-4, 5e-3)}
+    def whole_space(self, base: str) -> dict[str, tuple[float, float]]:
+        """The space, learning rate included."""
+        return {"learning_rate": BASES[base].learning_rate, **self.space}
+
+
+def _l2(h, direction, rate):
+    decay = optax.add_decayed_weights(h["strength"], mask=wr.weight_mask)
+    return optax.chain(decay, direction, rate)
+
+
+def _weissi(h, direction, rate):
+    return optax.chain(wr.add_weissi(h["energy"], h["complexity"]), direction, rate)
+
+
+def _weissi_log(h, direction, rate):
+    penalty = wr.add_weissi(h["energy"], h["complexity"], log=True)
+    return optax.chain(penalty, direction, rate)
+
+
+def _volumization(h, direction, rate):
+    optimizer = optax.chain(direction, rate)
+    return wr.volumized(optimizer, wr.he_volume(h["v"]), 1 - h["one_minus_alpha"])
+
 
 METHODS: dict[str, Method] = {
-    "none": Method("none", lambda h: optax.adam(h["learning_rate"]), RATE),
+    "none": Method("none", lambda h, direction, rate: optax.chain(direction, rate)),
     "weight_decay": Method(
         "weight decay (AdamW)",
-        lambda h: optax.adamw(
-            h["learning_rate"], weight_decay=h["strength"], mask=wr.weight_mask
-        ),
-        {**RATE, "strength": (1e-2, 1e2)},
-    ),
-    "l2": Method(
-        "weight decay (L2)",
-        lambda h: optax.chain(
+        lambda h, direction, rate: optax.chain(
+            direction,
             optax.add_decayed_weights(h["strength"], mask=wr.weight_mask),
-            optax.adam(h["learning_rate"]),
+            rate,
         ),
-        {**RATE, "strength": (1e-5, 1e-1)},
+        {"strength": (1e-2, 1e2)},
     ),
+    "l2": Method("weight decay (L2)", _l2, {"strength": (1e-5, 1e-1)}),
     "volumization": Method(
         "volumization",
-        lambda h: wr.volumized(
-            optax.adam(h["learning_rate"]),
-            wr.he_volume(h["v"]),
-            1 - h["one_minus_alpha"],
-        ),
-        {**RATE, "v": (0.02, 2.0), "one_minus_alpha": (1e-4, 1.0)},
+        _volumization,
+        {"v": (0.02, 2.0), "one_minus_alpha": (1e-4, 1.0)},
         volume=lambda h: wr.he_volume(h["v"]),
     ),
+    "weissi": Method(
+        "WEISSI", _weissi, {"energy": (1e-9, 1e-3), "complexity": (1e-6, 1e-2)}
+    ),
+    "weissi_log": Method(  # deep: a product of norms has a size no range can foresee
+        "WEISSI (logarithm)",
+        _weissi_log,
+        {"energy": (1e-5, 1e-1), "complexity": (1e-6, 1e-2)},
+    ),
+    "parseval": Method(
+        "Parseval",
+        lambda h, direction, rate: optax.chain(direction, rate, wr.parseval(h["beta"])),
+        {"beta": (1e-5, 1e-1)},
+    ),
+    # Liu et al., appendix B.1 and Table 5. Their weight decay is the sum of squares,
+    # whose gradient is twice the weight.
+    "l2_paper": Method(
+        "weight decay, as in the paper",
+        _l2,
+        fixed={"learning_rate": 0.1, "strength": 2e-4},
+    ),
+    "weissi_paper": Method(
+        "WEISSI, as in the paper",
+        _weissi,
+        fixed={"learning_rate": 0.1, "energy": 1e-6, "complexity": 1e-5},
+    ),
 }
+TUNED = tuple(name for name, method in METHODS.items() if not method.fixed)
 
 
-def trials(method: Method, count: int, seed: int = 0) -> list[dict[str, float]]:
+def trials(
+    method: Method, base: str, count: int, seed: int = 0
+) -> list[dict[str, float]]:
     """``count`` settings that fill a method's space evenly on a log scale."""
-    names = list(method.space)
-    points = qmc.Halton(d=len(names), scramble=True, rng=seed).random(count)
-    low, high = np.log([method.space[n] for n in names]).T
+    space = method.whole_space(base)
+    points = qmc.Halton(d=len(space), scramble=True, rng=seed).random(count)
+    low, high = np.log(list(space.values())).T
     values = np.exp(low + points * (high - low))
-    return [dict(zip(names, map(float, row), strict=True)) for row in values]
+    return [dict(zip(space, map(float, row), strict=True)) for row in values]
 
 
-def at_edge(method: Method, chosen: Hyperparameters) -> list[str]:
+def at_edge(method: Method, base: str, chosen: Hyperparameters) -> list[str]:
     """Hyperparameters in the outer 5 % of their range: the optimum may lie beyond."""
     edge = []
-    for name, (low, high) in method.space.items():
+    for name, (low, high) in method.whole_space(base).items():
         place = math.log(chosen[name] / low) / math.log(high / low)
         if not 0.05 <= place <= 0.95:
             edge.append(name)

@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks import models
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 NAMES = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
@@ -19,27 +21,71 @@ def draw(result: dict, out: pathlib.Path) -> list[pathlib.Path]:
     """Draws what is finished of a comparison, beside the JSON file ``out``."""
     if not result["results"]:
         return []
-    return [accuracy(result, out), weights(result, out)]
+    plots = (accuracy, energy, gradients, strength, weights)
+    return [plot(result, out) for plot in plots]
 
 
 def accuracy(result: dict, out: pathlib.Path) -> pathlib.Path:
     """Test accuracy over epochs: mean over seeds, and one standard deviation."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for colour, entry in zip(
-        itertools.cycle(COLOURS), result["results"].values(), strict=False
-    ):
-        curves = 100 * np.array(entry["test_accuracy"])
-        epochs = np.arange(1, curves.shape[1] + 1)
-        mean, std = curves.mean(0), curves.std(0, ddof=1 if len(curves) > 1 else 0)
-        axes.plot(epochs, mean, color=colour, label=entry["label"])
-        axes.fill_between(
-            epochs, mean - std, mean + std, color=colour, alpha=0.15, lw=0
-        )
-    axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=title(result))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
+    _over_epochs(axes, result, "test_accuracy", 100)
+    axes.set(ylabel="test accuracy (%)", title=title(result))
     axes.legend()
     return _save(figure, out, "accuracy")
+
+
+def energy(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """Weight energy and layer complexity over epochs (WEISSI, Figure 2)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    _over_epochs(left, result, "log_energy", 1 / np.log(10))
+    left.set(ylabel="log10 of the weight energy", title="weight energy")
+    _over_epochs(right, result, "complexity", 1)
+    right.set(ylabel="sum over layers", title="layer complexity")
+    right.legend()
+    figure.suptitle(title(result))
+    return _save(figure, out, "energy")
+
+
+def gradients(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """How the norms of input gradients are distributed (WEISSI, Figure 3)."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for colour, entry in _methods(result):
+        histogram = entry["gradients"]
+        edges = 10 ** np.array(histogram["log10_edges"])
+        share = np.array(histogram["counts"]) / np.diff(histogram["log10_edges"])
+        share /= max(sum(histogram["counts"]), 1)
+        axes.stairs(share, edges, color=colour, lw=1.5, label=entry["label"])
+    axes.set(
+        xscale="log",
+        xlabel="norm of the input gradient of the cross-entropy",
+        ylabel="examples per decade, of all",
+        title=title(result),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, out, "gradients")
+
+
+def strength(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """Accuracy over the strength of attacks, of the first seed (WEISSI, Figure 4)."""
+    shown = {"fgsm": "FGSM", "pgd": "PGD", "worst": "all attacks, the worst for each"}
+    figure, grid = plt.subplots(
+        1, len(shown), figsize=(11, 3.8), sharey=True, layout="constrained"
+    )
+    for axes, (attack, name) in zip(grid, shown.items(), strict=True):
+        for colour, entry in _methods(result):
+            curve = entry["strength"]
+            x = [0.0, *curve["epsilon"]]
+            y = [curve["clean"][0], *curve[attack]]
+            axes.plot(
+                x, 100 * np.array(y), "o-", ms=3, color=colour, label=entry["label"]
+            )
+        axes.set(xlabel="radius of the attack (L-infinity)", title=name)
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("test accuracy (%)")
+    grid[-1].legend()
+    figure.suptitle(title(result))
+    return _save(figure, out, "strength")
 
 
 def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -78,10 +124,34 @@ def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
 def title(result: dict) -> str:
     """What was compared, in one line."""
     s = result["settings"]
-    return (
-        f"{NAMES[s['dataset']]}, {s['noise']:.0%} of training labels wrong, "
-        f"{s['seeds']} seed{'s' if s['seeds'] > 1 else ''}"
-    )
+    words = [NAMES[s["dataset"]]]
+    if s["noise"] or not result.get("experiment"):
+        words.append(f"{s['noise']:.0%} of training labels wrong")
+    if s["model"] != models.DEFAULT[s["dataset"]]:
+        words.append(s["model"])
+    if s["adversarial"]:
+        words.append(f"adversarial training within {s['adversarial']:.2g}")
+    words.append(f"{s['seeds']} seed{'s' if s['seeds'] > 1 else ''}")
+    return ", ".join(words)
+
+
+def _methods(result: dict):
+    """A colour and an entry for each method."""
+    return zip(itertools.cycle(COLOURS), result["results"].values(), strict=False)
+
+
+def _over_epochs(axes, result: dict, name: str, factor: float) -> None:
+    for colour, entry in _methods(result):
+        curves = factor * np.array(entry[name])
+        epochs = np.arange(1, curves.shape[1] + 1)
+        mean, std = curves.mean(0), curves.std(0, ddof=1 if len(curves) > 1 else 0)
+        axes.plot(epochs, mean, color=colour, label=entry["label"])
+        axes.fill_between(
+            epochs, mean - std, mean + std, color=colour, alpha=0.15, lw=0
+        )
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
 
 
 def _readable(path: str) -> str:

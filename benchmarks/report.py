@@ -2,10 +2,11 @@
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.table import Table
 
+from benchmarks.experiments import EXPERIMENTS
 from benchmarks.plots import title
 
 COLUMNS = {
@@ -13,29 +14,28 @@ COLUMNS = {
     "last": "last epochs",
     "fgsm": "FGSM",
     "pgd": "PGD",
-    "both": "both",
+    "worst": "all attacks",
 }
 RESULTS = pathlib.Path(__file__).parent / "results"
-COMPARISONS, COSTS = "*-noise*.json", "cost-*.json"
-
-# Table 2 of the volumization paper, test accuracy in percent: best, last ten epochs.
-# Its network, epochs (100) and learning rate (1e-4) are not the ones here.
-PAPER = {
-    ("mnist", 0.4): {
-        "none": (96.50, 89.65),
-        "weight decay 5e-3": (94.82, 94.70),
-        "weight decay 5e-4": (96.23, 95.92),
-        "weight decay 5e-5": (96.10, 95.42),
-        "volumization (1, 0.9999)": (96.18, 95.40),
-    },
-    ("mnist", 0.8): {
-        "none": (87.04, 35.88),
-        "weight decay 5e-5": (87.29, 53.67),
-        "weight decay 5e-4": (86.51, 61.26),
-        "weight decay 5e-3": (88.04, 86.87),
-        "volumization (1, 0.99)": (87.96, 86.57),
-    },
+# Blocks of the README, and the results they show.
+BLOCKS = {
+    "results": "*-noise[0-9]*.json",
+    "weissi": "weissi-table1-*.json",
+    "cost": "cost-*.json",
 }
+
+
+def paper(result: dict) -> tuple[Mapping[str, Mapping[str, float]], str | None]:
+    """The paper's rows for a result, if it has some, and in what its runs differ."""
+    settings, mark = result["settings"], result.get("experiment")
+    if mark:
+        experiment = EXPERIMENTS[mark["name"]]
+        return experiment.paper[mark["part"]], experiment.note
+    experiment = EXPERIMENTS["volumization-table2"]
+    for name, part in experiment.parts.items():
+        if (settings["dataset"], settings["noise"]) == ("mnist", part["noise"]):
+            return experiment.paper[name], experiment.note
+    return {}, None
 
 
 def rows(result: dict) -> list[list[str]]:
@@ -76,7 +76,7 @@ def verdict(result: dict) -> list[str]:
     lines = []
     for metric, question in (
         ("last", "Generalizes best"),
-        ("both", "Resists attack best"),
+        ("worst", "Resists attack best"),
     ):
         ranked = sorted(results.values(), key=lambda e: -e["metrics"][metric]["mean"])
         first = ranked[0]
@@ -100,6 +100,7 @@ def verdict(result: dict) -> list[str]:
                 f"Note: {entry['label']} was tuned to the edge of its range in "
                 f"{', '.join(_short(e) for e in edge)}; a wider range may do better."
             )
+        lines += [f"Warning: {entry['label']}: {w}" for w in entry["warnings"]]
     if not result["complete"]:
         lines.append("Interrupted: these are the methods that were finished.")
     return lines
@@ -110,11 +111,12 @@ def markdown(result: dict) -> str:
     lines = [f"**{_heading(result)}**", ""]
     lines += ["| " + " | ".join(header(result)) + " |", "| --- " * 8 + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(result)]
-    settings = result["settings"]
-    paper = PAPER.get((settings["dataset"], settings["noise"]), {})
-    for label, (best, last) in paper.items():
-        lines.append(f"| *paper: {label}* | | *{best:.1f}* | *{last:.1f}* | | | | |")
-    lines += ["", *(f"- {line}" for line in verdict(result)), ""]
+    published, note = paper(result)
+    for label, metrics in published.items():
+        cells = [f"*{metrics[m]:.1f}*" if m in metrics else "" for m in COLUMNS]
+        lines.append(f"| *paper: {label}* | | {' | '.join(cells)} | |")
+    lines += ["", *(f"- {line}" for line in verdict(result))]
+    lines += [f"- {note}", ""] if note else [""]
     lines.append(f"`{result['command']}`, {result['device']}.")
     return "\n".join(lines)
 
@@ -131,6 +133,14 @@ def cost_markdown(result: dict) -> str:
             f"| `{name}` | {c['relative_time']:.2f} | {c['bytes']:.0f} "
             f"| {c['temporary_bytes']:.0f} |"
         )
+    lines += [
+        "",
+        f"| penalty | {' | '.join(result['training'])} |",
+        "| --- | --- | --- |",
+    ]
+    for name in next(iter(result["training"].values())):
+        times = (f"{step[name]:.2f}" for step in result["training"].values())
+        lines.append(f"| `{name}` | {' | '.join(times)} |")
     millions = result["parameters"] / 1e6
     lines += ["", f"`{result['command']}`, {millions:.1f} million float32 parameters,"]
     lines += [f"{result['device']}; times relative to the first."]
@@ -149,8 +159,8 @@ def update_readme(readme: pathlib.Path, check: bool = False) -> bool:
         return [to_markdown(json.loads(f.read_text())) for f in files]
 
     blocks = {
-        "results": render(COMPARISONS, markdown),
-        "cost": render(COSTS, cost_markdown),
+        name: render(pattern, cost_markdown if name == "cost" else markdown)
+        for name, pattern in BLOCKS.items()
     }
     text = new = readme.read_text()
     for name, parts in blocks.items():

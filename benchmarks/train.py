@@ -1,6 +1,8 @@
 """Training a population: runs that share shapes are one compiled program."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,8 +12,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import weightreg as wr
 from benchmarks import models
-from benchmarks.methods import Hyperparameters, Method
+from benchmarks.methods import Hyperparameters
+
+ADVERSARY_STEPS = 3  # of PGD in every step of adversarial training
 
 
 class Arrays(NamedTuple):
@@ -36,34 +41,61 @@ class Progress(NamedTuple):
     key: jax.Array
 
 
+class Measured(NamedTuple):
+    """What is measured after an epoch; arrays of shape (runs,).
+
+    Attributes:
+      accuracy: On the evaluation examples.
+      attacked: Likewise, under FGSM, if that is asked for.
+      log_energy: Of the weights, see ``weightreg.log_weight_energy``.
+      complexity: Of the layers, see ``weightreg.layer_complexity``.
+    """
+
+    accuracy: Any
+    attacked: Any
+    log_energy: Any
+    complexity: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all runs of a population share.
+
+    Attributes:
+      model: The network.
+      optimizer: From hyperparameters, which may be traced, to an optimizer.
+      batch: Examples a step.
+      adversary: Radius of the L-infinity ball in which PGD moves the examples of every
+        step; 0 for ordinary training.
+      epsilon: Radius of the FGSM that evaluation examples are attacked with; None for
+        no attack.
+    """
+
+    model: nn.Module
+    optimizer: Callable[[Hyperparameters], optax.GradientTransformation]
+    batch: int
+    adversary: float = 0.0
+    epsilon: float | None = None
+
+
 class Population:
     """Runs of one method and network, mapped over seeds and hyperparameters.
 
     Args:
-      model: The network.
-      method: How it is trained.
+      training: What the runs share.
       arrays: Inputs for training and evaluation.
-      batch: Examples a step.
       mapping: ``"vmap"``, good on accelerators, or ``"devices"``: one run after the
         other on each device. On CPU cores the latter is faster, and its results are
         those of a run alone, bit for bit.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        arrays: Arrays,
-        batch: int,
-        mapping: str,
-    ):
-        self._model, self._method, self._arrays = model, method, arrays
-        self._batch = batch
-        self._batches = arrays.x_train.shape[0] // batch
+    def __init__(self, training: Training, arrays: Arrays, mapping: str):
+        self._training, self._arrays = training, arrays
+        self._batches = arrays.x_train.shape[0] // training.batch
         if not self._batches:
             raise ValueError(
                 f"batch must be at most {arrays.x_train.shape[0]}, the number of "
-                f"training examples, but is {batch}."
+                f"training examples, but is {training.batch}."
             )
         self._devices = jax.device_count() if mapping == "devices" else 1
         self._start = self._mapped(self._start_one, mapping)
@@ -76,18 +108,19 @@ class Population:
             {name: np.array([h[name] for h in hyper], np.float32) for name in hyper[0]}
         )
         self._labels = self._spread(labels)
-        rows = [initialize(self._model, s, self._arrays.x_train[:1]) for s in seeds]
+        model = self._training.model
+        rows = [initialize(model, s, self._arrays.x_train[:1]) for s in seeds]
         params, keys = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
         return self._start(
             self._spread(params), self._spread(keys), self._hyper, self._arrays
         )
 
-    def epoch(self, progress: Progress) -> tuple[Progress, np.ndarray]:
-        """One epoch of every run, and the evaluation accuracies (runs,)."""
-        progress, accuracy = self._epoch(
+    def epoch(self, progress: Progress) -> tuple[Progress, Measured]:
+        """One epoch of every run, and what is measured after it."""
+        progress, measured = self._epoch(
             progress, self._labels, self._hyper, self._arrays
         )
-        return progress, np.asarray(accuracy)[: self._runs]
+        return progress, jax.tree.map(lambda x: np.asarray(x)[: self._runs], measured)
 
     def params(self, progress: Progress) -> list[Any]:
         """The parameters of every run."""
@@ -96,25 +129,43 @@ class Population:
 
     def _start_one(self, params, key_data, hyper, arrays) -> Progress:
         del arrays
-        opt_state = self._method.optimizer(hyper).init(params)
+        opt_state = self._training.optimizer(hyper).init(params)
         return Progress(params, opt_state, jax.random.wrap_key_data(key_data))
 
     def _epoch_one(self, progress: Progress, labels: Labels, hyper, arrays: Arrays):
-        tx = self._method.optimizer(hyper)
+        tx = self._training.optimizer(hyper)
         shuffle, key = jax.random.split(progress.key)
         order = jax.random.permutation(shuffle, arrays.x_train.shape[0])
-        batches = order[: self._batches * self._batch].reshape(self._batches, -1)
+        size = self._training.batch
+        batches = order[: self._batches * size].reshape(self._batches, size)
 
         def step(carry, batch):
             x, y = arrays.x_train[batch], labels.train[batch]
+            # A key that no other batch of the run has: it has no other first example.
+            start = jax.random.fold_in(shuffle, batch[0])
             params, opt_state = carry
-            return train_step(self._model, tx, params, opt_state, x, y), None
+            return train_step(self._training, tx, params, opt_state, x, y, start), None
 
         carry = progress.params, progress.opt_state
         (params, opt_state), _ = jax.lax.scan(step, carry, batches)
-        logits = models.logits(self._model, params, arrays.x_eval)
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == labels.eval)
-        return Progress(params, opt_state, key), accuracy
+        measured = self._measure(params, arrays.x_eval, labels.eval)
+        return Progress(params, opt_state, key), measured
+
+    def _measure(self, params, x, y) -> Measured:
+        model, epsilon = self._training.model, self._training.epsilon
+
+        def right(example):  # of the clean input, and of the attacked one
+            x, y = jax.tree.map(lambda a: a[None], example)
+            loss = lambda x, y: example_loss(model, params, x, y)  # noqa: E731
+            inputs = [x] if epsilon is None else [x, wr.fgsm(loss, x, y, epsilon)]
+            logits = models.logits(model, params, jnp.concatenate(inputs))
+            return jnp.argmax(logits, -1) == y
+
+        # In batches, since all images at once are gigabytes in a convolution.
+        shares = jnp.mean(jax.lax.map(right, (x, y), batch_size=500), axis=0)
+        attacked = jnp.nan if epsilon is None else shares[1]
+        energy, complexity = wr.log_weight_energy(params), wr.layer_complexity(params)
+        return Measured(shares[0], attacked, energy, complexity)
 
     def _mapped(self, one, mapping: str, donate: bool = False):
         donated = (0,) if donate else ()
@@ -166,16 +217,26 @@ def example_loss(model: nn.Module, params: Any, x: jax.Array, y: jax.Array):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
 
-def train_step(model, tx, params, opt_state, x, y):
+def train_step(training: Training, tx, params, opt_state, x, y, key):
     """One step. Parameters and state come first and in this order: see donation."""
-    grads = jax.grad(lambda p: example_loss(model, p, x, y).mean())(params)
+    loss = lambda p, x: example_loss(training.model, p, x, y)  # noqa: E731
+    if training.adversary:
+        x = wr.pgd(
+            lambda x, _: loss(params, x),
+            x,
+            None,
+            training.adversary,
+            steps=ADVERSARY_STEPS,
+            key=key,
+        )
+    grads = jax.grad(lambda p: loss(p, x).mean())(params)
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 
-def make_step(model: nn.Module, method: Method, hyper: Hyperparameters, x: jax.Array):
-    """A compiled step that can be timed, from ``(params, opt_state, x, y)``."""
-    tx = method.optimizer(hyper)
-    params, _ = initialize(model, 0, x[:1])
-    step = jax.jit(functools.partial(train_step, model, tx), donate_argnums=(0, 1))
-    return step, params, tx.init(params)
+def make_step(training: Training, hyper: Hyperparameters, x: jax.Array):
+    """A compiled step that can be timed, from ``(params, opt_state, x, y, key)``."""
+    tx = training.optimizer(hyper)
+    params, _ = initialize(training.model, 0, x[:1])
+    one = functools.partial(train_step, training, tx)
+    return jax.jit(one, donate_argnums=(0, 1)), params, tx.init(params)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -21,9 +22,11 @@ from hypothesis import strategies as st
 import benchmarks.__main__ as cli
 import weightreg as wr
 from benchmarks import compare, data, models, report, train
-from benchmarks.methods import METHODS, at_edge, trials
+from benchmarks.experiments import EXPERIMENTS
+from benchmarks.methods import BASES, METHODS, at_edge, trials
 
 ROOT = pathlib.Path(__file__).parent.parent
+PLOTS = ("accuracy", "energy", "gradients", "strength", "weights")
 SMALL = ["--epochs", "2", "--trials", "2", "--seeds", "2", "--tuning-seeds", "1"]
 
 
@@ -80,11 +83,18 @@ def test_the_test_set_has_no_part_in_tuning(digits):
     assert compare.tune("none", blind, config, lambda _: None) == before
 
 
-def test_each_trial_is_scored_on_its_own_noisy_labels(digits, monkeypatch):
-    config = compare.Settings.of("digits", epochs=3, trials=4, tuning_seeds=2)
+@pytest.mark.parametrize(
+    ("tune_for", "measured"), [("accuracy", "accuracy"), ("fgsm", "attacked")]
+)
+def test_each_trial_is_scored_on_its_own_noisy_labels(
+    tune_for, measured, digits, monkeypatch
+):
+    config = compare.Settings.of(
+        "digits", epochs=3, trials=4, tuning_seeds=2, tune_for=tune_for
+    )
     train_part, held_out = data.split(digits)
 
-    def train_nothing(name, model, arrays, labels, seeds, hyper, settings, tick):
+    def train_nothing(training, arrays, labels, seeds, hyper, settings, tick):
         np.testing.assert_array_equal(arrays.x_train, digits.x_train[train_part])
         np.testing.assert_array_equal(arrays.x_eval, digits.x_train[held_out])
         for row, seed in enumerate(seeds):
@@ -96,7 +106,10 @@ def test_each_trial_is_scored_on_its_own_noisy_labels(digits, monkeypatch):
             h["learning_rate"] + (s - compare.TUNING_SEED)
             for h, s in zip(hyper, seeds, strict=True)
         ]
-        return np.array(rates)[:, None] * [0, 0, 1], None  # only the last one counts
+        scores = np.array(rates)[:, None] * [0, 0, 1]  # only the last one counts
+        nothing = np.full_like(scores, np.nan)
+        by = {"accuracy": nothing, "attacked": nothing} | {measured: scores}
+        return train.Measured(**by, log_energy=nothing, complexity=nothing), None
 
     monkeypatch.setattr(compare, "_train", train_nothing)
     tuned = compare.tune("l2", digits, config, lambda _: None)
@@ -113,32 +126,36 @@ def test_final_runs_train_on_noisy_labels_and_are_tested_on_true_ones(
     config = compare.Settings.of("digits", epochs=1, seeds=3)
     train_part, _ = data.split(digits)
 
-    def train_nothing(name, model, arrays, labels, seeds, hyper, settings, tick):
+    def train_nothing(training, arrays, labels, seeds, hyper, settings, tick):
         np.testing.assert_array_equal(arrays.x_eval, digits.x_test)
         for row, seed in enumerate(seeds):
             noisy = compare._noisy(digits, config, seed)[train_part]
             np.testing.assert_array_equal(labels.train[row], noisy)
             np.testing.assert_array_equal(labels.eval[row], digits.y_test)
-        fresh = [train.initialize(model, seed, arrays.x_train[:1])[0] for seed in seeds]
-        return np.array([[0.1], [0.2], [0.6]]), fresh
+        model, x = training.model, arrays.x_train[:1]
+        fresh = [train.initialize(model, seed, x)[0] for seed in seeds]
+        curves = np.array([[0.1], [0.2], [0.6]])[: len(seeds)]
+        return train.Measured(curves, curves, curves, curves), fresh
 
     monkeypatch.setattr(compare, "_train", train_nothing)
     hyper = {"learning_rate": 1e-3}
-    metrics = compare.final("none", hyper, digits, config, lambda _: None)["metrics"]
-    assert metrics["last"]["seeds"] == [0.1, 0.2, 0.6]
-    assert metrics["last"]["mean"] == pytest.approx(0.3)
+    source = compare._source(digits, config, lambda _: None)
+    got = compare.final("none", hyper, digits, config, source, lambda _: None)
+    assert got["metrics"]["last"]["seeds"] == [0.1, 0.2, 0.6]
+    assert got["metrics"]["last"]["mean"] == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", METHODS)
-def test_every_hyperparameter_acts_and_only_weights_are_regularized(name):
-    space, params = (
-        METHODS[name].space,
-        {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
-    )
+def test_every_hyperparameter_acts_and_only_weights_are_regularized(name, base):
+    space = METHODS[name].whole_space(base)
+    if fixed := METHODS[name].fixed:
+        space = {parameter: (value, 100 * value) for parameter, value in fixed.items()}
+    params = {"kernel": jnp.array([[1.0, 2], [3, 4], [5, 6]]), "bias": jnp.ones(2)}
     grads = [jax.tree.map(lambda p, c=c: c * p, params) for c in (1.0, -0.5)]
 
     def trained(hyper):
-        tx, new = METHODS[name].optimizer(hyper), params
+        tx, new = METHODS[name].build(hyper, base), params
         state = tx.init(new)
         for g in grads:
             updates, state = tx.update(g, state, new)
@@ -155,38 +172,38 @@ def test_every_hyperparameter_acts_and_only_weights_are_regularized(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_trials_fill_the_space_of_every_method_alike(name):
-    tried = trials(METHODS[name], 64)
-    assert len(tried) == 64 and tried == trials(METHODS[name], 64)
-    for parameter, (low, high) in METHODS[name].space.items():
+    tried = trials(METHODS[name], "adam", 64)
+    assert len(tried) == 64 and tried == trials(METHODS[name], "adam", 64)
+    for parameter, (low, high) in METHODS[name].whole_space("adam").items():
         places = [np.log(t[parameter] / low) / np.log(high / low) for t in tried]
         assert np.all(np.histogram(places, 4, (0, 1))[0] >= 14)
-    assert (
-        METHODS[name].space["learning_rate"] == METHODS["none"].space["learning_rate"]
-    )
 
 
 def test_the_edge_of_a_range_is_told():
-    space = METHODS["weight_decay"].space
+    space = METHODS["weight_decay"].whole_space("adam")
     middle = {k: float(np.sqrt(low * high)) for k, (low, high) in space.items()}
-    assert at_edge(METHODS["weight_decay"], middle) == []
+    assert at_edge(METHODS["weight_decay"], "adam", middle) == []
     low = middle | {"strength": space["strength"][0] * 1.01}
-    assert at_edge(METHODS["weight_decay"], low) == ["strength"]
+    assert at_edge(METHODS["weight_decay"], "adam", low) == ["strength"]
 
 
-def population(mapping, seeds, hyper, data, method="volumization"):
+def population(mapping, seeds, hyper, data, method="volumization", **kwargs):
     """Parameters and curves of a few runs on 100 digits."""
     arrays = train.Arrays(jnp.asarray(data.x_train[:100]), jnp.asarray(data.x_test))
     labels = train.Labels(
         jnp.tile(data.y_train[:100], (len(seeds), 1)),
         jnp.tile(data.y_test, (len(seeds), 1)),
     )
-    runs = train.Population(models.MLP((16,), 10), METHODS[method], arrays, 20, mapping)
+    build = functools.partial(METHODS[method].build, base="adam")
+    given = {"model": models.MLP((16,), 10), "optimizer": build, "batch": 20} | kwargs
+    runs = train.Population(train.Training(**given), arrays, mapping)
     progress = runs.start(seeds, hyper, labels)
-    curves = []
+    rows = []
     for _ in range(3):
-        progress, accuracy = runs.epoch(progress)
-        curves.append(accuracy)
-    return runs.params(progress), np.stack(curves, 1)
+        progress, measured = runs.epoch(progress)
+        rows.append(measured)
+    stacked = jax.tree.map(lambda *epochs: np.stack(epochs, 1), *rows)
+    return runs.params(progress), stacked
 
 
 HYPER = [
@@ -200,10 +217,13 @@ HYPER = [
 def test_a_run_does_not_depend_on_the_others(mapping, digits):
     together, curves = population(mapping, [3, 4, 5], HYPER, digits)
     for i, seed in enumerate([3, 4, 5]):
-        (alone,), (curve,) = population(mapping, [seed], [HYPER[i]], digits)
+        (alone,), curve = population(mapping, [seed], [HYPER[i]], digits)
         if mapping == "devices":
             chex.assert_trees_all_equal(together[i], alone)
-            np.testing.assert_array_equal(curves[i], curve)
+            chex.assert_trees_all_equal(
+                jax.tree.map(lambda x, i=i: x[i], curves),
+                jax.tree.map(lambda x: x[0], curve),
+            )
         else:  # batched matrix products sum in another order
             chex.assert_trees_all_close(together[i], alone, rtol=1e-3, atol=1e-4)
 
@@ -249,7 +269,8 @@ def test_all_runs_of_a_method_are_one_program(digits, monkeypatch):
     traced = []
     plain = METHODS["volumization"].optimizer
     spy = dataclasses.replace(
-        METHODS["volumization"], optimizer=lambda h: (traced.append(1), plain(h))[1]
+        METHODS["volumization"],
+        optimizer=lambda *given: (traced.append(1), plain(*given))[1],
     )
     monkeypatch.setitem(METHODS, "volumization", spy)
     population("devices", [3, 4, 5], HYPER, digits)
@@ -267,6 +288,12 @@ def test_all_runs_of_a_method_are_one_program(digits, monkeypatch):
         ({"methods": ()}, "one or more"),
         ({"methods": ("none", "none")}, "named once each"),
         ({"epsilon": -1.0}, "epsilon must be"),
+        ({"adversarial": -1.0}, "adversarial must be"),
+        ({"model": "vgg"}, "model must be among mlp"),
+        ({"optimizer": "lion"}, "optimizer must be among adam"),
+        ({"tune_for": "luck"}, "tune_for must be among accuracy"),
+        ({"examples": 0}, "examples must be at least 1"),
+        ({"restarts": 1}, "restarts must be at least 2"),
     ],
 )
 def test_settings_that_cannot_be_run_are_refused(given, message):
@@ -290,12 +317,12 @@ def finished(tmp_path_factory):
 
 def test_compare_from_end_to_end(finished):
     out, printed = finished
-    names = {f.name for f in out.iterdir()}
     stem = "digits-noise40"
-    assert names == {f"{stem}.json", f"{stem}-accuracy.png", f"{stem}-weights.png"}
+    files = [f"{stem}.json", *(f"{stem}-{plot}.png" for plot in PLOTS)]
+    assert {f.name for f in out.iterdir()} == set(files)
     result = json.loads((out / f"{stem}.json").read_text())
     assert result["complete"]
-    names = ["none", "weight_decay", "l2", "volumization"]
+    names = ["none", "weight_decay", "l2", "volumization", "weissi"]
     assert list(result["results"]) == names
     assert not set(result["fixed"]["tuning_seeds"]) & set(result["fixed"]["seeds"])
     for name, entry in result["results"].items():
@@ -313,7 +340,13 @@ def test_compare_from_end_to_end(finished):
             assert summary["std"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
         assert np.all(np.array(metrics["pgd"]) <= np.array(metrics["fgsm"]) + 0.01)
         assert np.all(np.array(metrics["fgsm"]) < curves[:, -1])
-        assert np.all(np.array(metrics["both"]) <= np.array(metrics["pgd"]))
+        for attack in ("fgsm", "pgd", "restarts", "margin", "transfer"):
+            assert np.all(np.array(metrics["worst"]) <= np.array(metrics[attack]))
+        assert np.shape(entry["log_energy"]) == np.shape(entry["complexity"]) == (2, 2)
+        assert sum(entry["gradients"]["counts"]) == 2 * 450
+        at = entry["strength"]["epsilon"].index(0.1)
+        assert entry["strength"]["worst"][at] <= metrics["worst"][0] + 0.01
+        assert entry["strength"]["worst"] == sorted(entry["strength"]["worst"])[::-1]
         assert entry["label"].split()[0] in printed
         for layer in entry["weights"].values():
             assert (layer["wall"] is not None) == (name == "volumization")
@@ -328,7 +361,7 @@ def test_table_and_plots_come_from_the_json_alone(finished, tmp_path, capsys):
     assert cli.main(["report", str(out / f"{stem}.json"), "--out", str(tmp_path)]) == 0
     again = capsys.readouterr().out
     assert again.split("wrote")[0] == printed.split("wrote")[0]
-    for plot in (f"{stem}-accuracy.png", f"{stem}-weights.png"):
+    for plot in (f"{stem}-{plot}.png" for plot in PLOTS):
         assert (tmp_path / plot).read_bytes() == (out / plot).read_bytes()
 
 
@@ -396,6 +429,7 @@ def test_cifar10_is_compared_with_a_convolutional_network(tmp_path):
     write_parquet(tmp_path / "cifar10", "img", (32, 32, 3), (60, 20))
     command = ["compare", "--dataset", "cifar10", "--data-dir", str(tmp_path), *SMALL]
     command += ["--batch", "16", "--methods", "volumization", "--out", str(tmp_path)]
+    command += ["--attacked", "4", "--restarts", "2", "--attack-steps", "2"]
     assert cli.main(command) == 0
     result = json.loads((tmp_path / "cifar10-noise40.json").read_text())
     assert result["fixed"]["model"]["class"] == "CNN"
@@ -421,9 +455,9 @@ def test_missing_data_says_what_to_do(tmp_path, monkeypatch, capsys):
 def test_the_readme_shows_the_committed_results(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert cli.main(["readme", "--check"]) == 0
-    blocks, stale = ("results", "cost"), tmp_path / "README.md"
+    blocks, stale = tuple(report.BLOCKS), tmp_path / "README.md"
     marks = [f"<!-- {name}:{side} -->" for name in blocks for side in ("begin", "end")]
-    stale.write_text("a\n{}\nold\n{}\nb\n{}\nold\n{}\nc\n".format(*marks))
+    stale.write_text("a\n{}\nold\n{}\nb\n{}\n{}\n{}\nold\n{}\nc\n".format(*marks))
     assert not report.update_readme(stale, check=True)
     assert not report.update_readme(stale)
     assert report.update_readme(stale, check=True)
@@ -432,15 +466,20 @@ def test_the_readme_shows_the_committed_results(tmp_path, monkeypatch):
     assert "old" not in text
 
 
-@pytest.mark.parametrize(
-    "file", sorted(report.RESULTS.glob(report.COMPARISONS)), ids=str
-)
+COMMITTED = [f for f in sorted(report.RESULTS.glob("*.json")) if "cost" not in f.name]
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda f: f.stem)
 def test_committed_results_are_whole_and_have_their_plots(file):
     result = json.loads(file.read_text())
     assert result["complete"] and result["settings"]["seeds"] >= 5
     assert "/" not in result["command"].replace("//", "")
-    for plot in ("accuracy", "weights"):
+    for plot in PLOTS:
         assert file.with_name(f"{file.stem}-{plot}.png").is_file()
+    if mark := result.get("experiment"):
+        given = EXPERIMENTS[mark["name"]].settings(mark["part"], mark["scale"])
+        kept = {name: result["settings"][name] for name in given}
+        assert kept == given | {"methods": list(given["methods"])}
 
 
 def test_the_verdict_is_honest_about_ties_and_edges():
@@ -448,7 +487,8 @@ def test_the_verdict_is_honest_about_ties_and_edges():
         metric = {"mean": last, "std": std}
         return {
             "label": label,
-            "metrics": {"last": metric, "both": metric},
+            "warnings": [],
+            "metrics": {"last": metric, "worst": metric},
             "tuning": {"at_edge": list(edge)},
         }
 
@@ -462,3 +502,84 @@ def test_the_verdict_is_honest_about_ties_and_edges():
     assert "edge of its range in v" in lines[2]
     result["results"]["b"]["metrics"]["last"]["mean"] = 0.9
     assert "5.0 standard deviations" in report.verdict(result)[0]
+    result["results"]["a"]["warnings"] = ["Seed 0: Gradients are masked."]
+    assert "Warning: A: Seed 0: Gradients are masked." in report.verdict(result)
+
+
+def test_adversarial_training_is_ordinary_training_on_attacked_examples(digits):
+    """The step of a population against the same written by hand."""
+    model, build = (
+        models.MLP((16,), 10),
+        functools.partial(METHODS["l2"].build, base="momentum"),
+    )
+    hyper = {"learning_rate": 0.1, "strength": 1e-3}
+    x, y = jnp.asarray(digits.x_train[:20]), jnp.asarray(digits.y_train[:20])
+    params, _ = train.initialize(model, 0, x[:1])
+    tx, key = build(hyper), jax.random.key(3)
+    training = train.Training(model=model, optimizer=build, batch=20, adversary=0.05)
+    got, _ = train.train_step(training, tx, params, tx.init(params), x, y, key)
+
+    loss = lambda p, x, y: train.example_loss(model, p, x, y)  # noqa: E731
+    fixed = functools.partial(loss, params)
+    moved = wr.pgd(fixed, x, y, 0.05, steps=train.ADVERSARY_STEPS, key=key)
+    assert jnp.max(jnp.abs(moved - x)) == pytest.approx(0.05)
+    grads = jax.grad(lambda p: loss(p, moved, y).mean())(params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    expected = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adversarial_runs_withstand_more(digits):
+    hyper = [{"learning_rate": 5e-3}]
+    plain = {"method": "none", "epsilon": 0.1}
+    _, ordinary = population("devices", [0], hyper, digits, **plain)
+    _, hardened = population("devices", [0], hyper, digits, **plain, adversary=0.1)
+    assert hardened.attacked[0, -1] > ordinary.attacked[0, -1]
+    assert np.all(ordinary.attacked <= ordinary.accuracy)
+
+
+def test_what_is_measured_is_that_of_the_parameters(digits):
+    params, measured = population("devices", [3, 4, 5], HYPER, digits)
+    for i, own in enumerate(params):
+        energy = sum(2 * np.log(np.linalg.norm(own[k]["kernel"])) for k in own)
+        np.testing.assert_allclose(measured.log_energy[i, -1], energy, rtol=1e-5)
+        np.testing.assert_allclose(
+            measured.complexity[i, -1], wr.layer_complexity(own), rtol=1e-5
+        )
+    assert np.all(np.isnan(measured.attacked))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_can_be_run_and_have_the_papers_numbers(name):
+    experiment = EXPERIMENTS[name]
+    assert set(experiment.paper) == set(experiment.parts)
+    for scale in experiment.scales:
+        for part in experiment.parts:
+            settings = compare.Settings.of(**experiment.settings(part, scale))
+            assert "--dataset mnist" in settings.command()
+    for row in (r for rows in experiment.paper.values() for r in rows.values()):
+        assert set(row) <= set(report.COLUMNS) and all(
+            30 < v < 100 for v in row.values()
+        )
+
+
+def test_an_experiment_from_end_to_end(tmp_path, monkeypatch, capsys):
+    tiny = {"dataset": "digits", "epochs": 1, "trials": 1, "seeds": 2, "model": "mlp"}
+    tiny |= {"examples": 200, "attacked": 20, "restarts": 2, "attack_steps": 2}
+    experiment = EXPERIMENTS["weissi-table1"]
+    small = dataclasses.replace(experiment, scales={"cpu": tiny}, resized={})
+    monkeypatch.setitem(EXPERIMENTS, "weissi-table1", small)
+    command = ["experiment", "weissi-table1", "--parts", "mlp,mlp-adversarial"]
+    assert cli.main([*command, "--out", str(tmp_path)]) == 0
+    files = sorted(f.name for f in tmp_path.glob("*.json"))
+    stem = "weissi-table1-cpu-mlp"
+    assert files == [f"{stem}-adversarial.json", f"{stem}.json"]
+    result = json.loads((tmp_path / f"{stem}-adversarial.json").read_text())
+    assert result["settings"]["adversarial"] == 0.01
+    fixed = result["results"]["weissi_paper"]["tuning"]
+    assert fixed["trials"] == [] and fixed["chosen"]["energy"] == 1e-6
+    table = report.markdown(result)
+    assert "| *paper: WEISSI* | |  | *98.1* | *95.3* | *95.2* |  | |" in table
+    assert "The paper trains for 60 epochs" in table
+    assert cli.main(["experiment", "weissi-table1", "--parts", "x"]) == 2
+    assert "parts must be among mlp" in capsys.readouterr().err

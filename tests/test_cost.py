@@ -23,7 +23,12 @@ def step_memory(name):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other fusions on a GPU")
 @pytest.mark.parametrize(
     ("name", "moved", "held"),
-    [("adam", 40, 0), ("chain(adam, volumize)", 40, 0), ("volumized(adam)", 68, 5)],
+    [
+        ("adam", 40, 0),
+        ("chain(adam, volumize)", 40, 0),
+        ("volumized(adam)", 68, 5),
+        ("chain(add_weissi, adam)", 64, 0),  # 16 of them where a sum is out of range
+    ],
 )
 def test_memory_of_a_step(name, moved, held):
     """Bytes a parameter, of which Adam cannot do with fewer than 28."""
@@ -67,3 +72,20 @@ def test_relative_times_are_medians_over_turns(monkeypatch):
     orders = {tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)}
     assert len(calls) == 63 and len(orders) > 3
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+
+
+def test_training_steps_are_timed_with_what_they_say(monkeypatch):
+    """Penalties in the loss and in the chain take the same step, and others do not."""
+
+    def end(steps, carries, rounds):
+        return {name: step(carries[name])[0] for name, step in steps.items()}
+
+    monkeypatch.setattr(cost, "relative_times", end)
+    params = cost.training_times("mlp", 8, rounds=1)
+    kernel = lambda name: params[name]["Dense_0"]["kernel"]  # noqa: E731
+    np.testing.assert_allclose(
+        kernel("weissi in the loss"), kernel("add_weissi"), rtol=1e-5, atol=1e-7
+    )
+    plain = np.asarray(kernel("none"))
+    for name in ("add_decayed_weights", "add_weissi"):
+        assert np.abs(kernel(name) - plain).max() > 0

@@ -22,14 +22,16 @@ def names():
         "x": jnp.full((4, 3), 0.5),
         "y": jnp.zeros(4),
         "key": jax.random.key(0),
+        "model": lambda x: x @ params["kernel"],
     }
 
 
-def test_the_lines_on_layers_and_attacks_run():
+def test_the_other_lines_run():
     given = names()
     exec(USE, given)
     assert [layer.fan_in for layer in given["layers"]] == [3]
     assert given["x_adv"].shape == given["x"].shape
+    assert jnp.isfinite(given["penalty"]) and given["norms"].shape == (4, 2)
 
 
 @pytest.mark.parametrize("line", TRANSFORMATION.findall(USE))

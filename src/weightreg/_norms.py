@@ -217,7 +217,7 @@ def power_iteration(
     own = lambda x: tuple(range(len(stack), x.ndim))  # noqa: E731
 
     def product(x, of_x, y, of_y, out) -> jax.Array:  # no sharding survives a reshape
-        where = _placed(weight, out, () if out is both else stack)
+        where = _placed(weight, out, None if out is both else stack)
         return jnp.einsum(
             x, of_x, y, of_y, out, precision=lax.Precision.HIGHEST, out_sharding=where
         )
@@ -310,7 +310,7 @@ def _largest_singular(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     own, stack = axes.inputs + axes.outputs, axes.stack(x.ndim)
     if not x.size:
         return jnp.zeros_like(jnp.sum(x, own, keepdims=True)), x
-    whole, spec = _placed(x, range(x.ndim), stack), _placed(x, range(x.ndim), ())
+    whole, spec = _placed(x, range(x.ndim), stack), _placed(x, range(x.ndim), None)
     if whole is not None:
         x = jax.sharding.reshard(x, whole)
     order = (*stack, *own)
@@ -329,14 +329,18 @@ def _largest_singular(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     return jnp.expand_dims(sigma, own), direction
 
 
-def _placed(x: jax.Array, axes: Iterable[int], kept: tuple[int, ...]) -> Any:
+def _placed(
+    x: jax.Array, axes: Iterable[int], kept: tuple[int, ...] | None
+) -> PartitionSpec | None:
     """How an array of some ``axes`` of ``x`` is placed on an explicit mesh.
 
-    Such a mesh wants to be told where a sum over a split axis goes. With ``kept``, only
-    those axes stay split; without, all do.
+    Such a mesh wants to be told where a sum over a split axis goes. Only the axes
+    ``kept`` stay split; with ``None``, all do.
     """
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
     spec = sharding.spec
-    return PartitionSpec(*(spec[a] if a in kept or not kept else None for a in axes))
+    return PartitionSpec(
+        *(spec[a] if kept is None or a in kept else None for a in axes)
+    )
