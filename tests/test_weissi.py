@@ -554,12 +554,12 @@ def test_norms_of_sharded_weights_are_of_the_whole(axis_type, norm):
         (
             lambda: wr.weight_energy(jnp.ones((2, 2)), exponents=-1),
             ValueError,
-            "exponents must be at least 0 and finite, but is -1",
+            "must be at least 0 and finite, but is -1",
         ),
         (
             lambda: wr.weight_energy({"a": jnp.ones((2, 2))}, exponents={"a": None}),
             TypeError,
-            r"exponents must be a number for every weight, but is None at \['a'\]",
+            r"exponents at \['a'\] must be a number: the leaf is to be penalized",
         ),
         (
             lambda: wr.weight_energy({"a": jnp.ones((2, 2))}, exponents={"b": 1}),

@@ -37,12 +37,13 @@ EXPERIMENT = Experiment(
         "cnn-adversarial": {"model": "cnn128", "adversarial": 0.01},
     },
     scales={
-        "cpu": {"epochs": 10, "trials": 8, "examples": 10_000},
+        "cpu": {"epochs": 10, "trials": 8},
         "full": {"epochs": 60, "trials": 12, "attacked": 10_000},
     },
     resized={
-        ("cpu", "cnn"): {"model": "cnn8"},
-        ("cpu", "cnn-adversarial"): {"model": "cnn8"},
+        ("cpu", "mlp-adversarial"): {"examples": 20_000},
+        ("cpu", "cnn"): {"model": "cnn8", "examples": 20_000},
+        ("cpu", "cnn-adversarial"): {"model": "cnn8", "examples": 10_000},
     },
     paper={
         "mlp": _rows((96.98, 88.05, 87.68), (97.66, 90.22, 90.09)),

@@ -5,14 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
 from weightreg._norms import Axes
+from weightreg._numbers import check_scalar
 from weightreg._reach import compute_dtype
 from weightreg._trees import is_function, is_hole, match
-from weightreg._volumes import is_real
 from weightreg._weights import Dims, Mask, WeightLayer, refuse_step_count, weight_layers
 
 
@@ -102,16 +100,10 @@ def _powers(
     leaves = jax.tree.leaves(params)
     for layer in layers:
         power = found[layer.index]
-        if is_hole(power) or not is_real(power) or jnp.shape(power) != ():
-            raise TypeError(
-                f"exponents must be a number for every weight, but is {power!r} at "
-                f"{layer.path}."
-            )
-        if not isinstance(power, Tracer) and not 0 <= np.asarray(power) < math.inf:
-            raise ValueError(
-                f"exponents must be at least 0 and finite, but is {power} at "
-                f"{layer.path}."
-            )
+        where = f"exponents at {layer.path}"
+        if is_hole(power):
+            raise TypeError(f"{where} must be a number: the leaf is to be penalized.")
+        check_scalar(where, power, 0, math.inf)
     return [
         jnp.asarray(found[x.index], compute_dtype(jnp.result_type(leaves[x.index])))
         for x in layers

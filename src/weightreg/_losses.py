@@ -17,8 +17,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from weightreg._numbers import check_scalar, floats, is_real
 from weightreg._reach import compute_dtype
-from weightreg._volumes import is_real
 
 
 def generalized_cross_entropy(
@@ -66,8 +66,8 @@ def generalized_cross_entropy(
       >>> print(losses.round(4))  # 2 (1 - sqrt(p))
       [1.     0.2679]
     """
-    logits, labels = _floats("logits", logits), _integers("labels", labels)
-    _check_q(q)
+    logits, labels = floats("logits", logits), _integers("labels", labels)
+    check_scalar("q", q, 0, 1)
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(
             f"axis must be one of the {logits.ndim} axes of logits, which have shape "
@@ -149,7 +149,7 @@ class MaxMahalanobis:
         return _matmul(z, jnp.asarray(self.centers.T, z.dtype))
 
     def _features(self, z: ArrayLike) -> jax.Array:
-        z = _floats("z", z)
+        z = floats("z", z)
         if z.ndim == 0 or z.shape[-1] != self.features:
             raise ValueError(
                 f"z must have shape (..., {self.features}), but has {z.shape}."
@@ -284,13 +284,6 @@ def _one_hot(labels: jax.Array, classes: int, axis: int) -> jax.Array:
     return labels == jnp.expand_dims(jnp.arange(classes), others)
 
 
-def _floats(name: str, value: ArrayLike) -> jax.Array:
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be of a floating dtype, not {array.dtype}.")
-    return array
-
-
 def _integers(name: str, value: ArrayLike) -> jax.Array:
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -304,13 +297,6 @@ def _check_labels(labels: jax.Array, shape: tuple[int, ...]) -> None:
             f"labels must have shape {shape}, one label an example, but have "
             f"{labels.shape}."
         )
-
-
-def _check_q(q: Any) -> None:
-    if not is_real(q) or np.shape(q) != ():
-        raise TypeError(f"q must be a scalar, not {q!r}.")
-    if not isinstance(q, Tracer) and not 0 <= q <= 1:
-        raise ValueError(f"q must be in [0, 1], but is {q}.")
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weightreg._volumes import Number
+from weightreg._numbers import Number
 from weightreg._volumize import volumized
 from weightreg._weights import Dims, Mask
 

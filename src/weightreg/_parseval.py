@@ -14,9 +14,9 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
 
+from weightreg._numbers import Number, at, check_scalar, floats, is_real
 from weightreg._reach import SUPPORTED, compute_dtype
 from weightreg._trees import leaves_like
-from weightreg._volumes import Number, at, is_real
 from weightreg._weights import Dims, Mask, WeightLayer, weight_layers
 
 
@@ -104,7 +104,8 @@ def parseval(
       Array([[ 0.6875,  0.    ],
              [ 0.    , -1.    ]], dtype=float32)
     """
-    _check_beta(beta)
+    if not callable(beta):
+        check_scalar("beta", beta, 0, math.inf, "a scalar or a schedule")
 
     def init_fn(params):
         _layers(params, mask, dims)
@@ -164,8 +165,8 @@ def convex_sum(h: ArrayLike, residual: ArrayLike, logits: ArrayLike) -> jax.Arra
       >>> wr.convex_sum(h, residual, jnp.zeros(2))
       Array([2., 1.], dtype=float32)
     """
-    h, residual = _floats("h", h), _floats("residual", residual)
-    logits = _floats("logits", logits)
+    h, residual = floats("h", h), floats("residual", residual)
+    logits = floats("logits", logits)
     if residual.shape != h.shape:
         raise ValueError(
             f"residual must have the shape of h, {h.shape}, but has {residual.shape}."
@@ -243,19 +244,3 @@ def _layers(params: Any, mask: Mask, dims: Dims) -> tuple[WeightLayer, ...]:
                 "mask=."
             )
     return layers
-
-
-def _check_beta(beta: Any) -> None:
-    if callable(beta):
-        return
-    if not is_real(beta) or np.shape(beta) != ():
-        raise TypeError(f"beta must be a scalar or a schedule, not {beta!r}.")
-    if not isinstance(beta, Tracer) and not 0 <= beta < math.inf:
-        raise ValueError(f"beta must be at least 0 and finite, but is {beta}.")
-
-
-def _floats(name: str, value: ArrayLike) -> jax.Array:
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be of a floating dtype, not {array.dtype}.")
-    return array

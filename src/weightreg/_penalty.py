@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from weightreg._exponents import Weights
 from weightreg._norms import (
@@ -30,8 +29,8 @@ from weightreg._norms import (
     start_vector,
     times_power,
 )
+from weightreg._numbers import check_scalar
 from weightreg._reach import compute_dtype
-from weightreg._volumes import is_real
 
 _WARM_UP = 30  # power iterations in init, where they cost nothing
 
@@ -286,10 +285,5 @@ def _is_wanted(name: str, strength: Any) -> bool:
     """Checks a strength, and says whether its term is not known to be 0."""
     if callable(strength):
         return True
-    if not is_real(strength) or jnp.shape(strength) != ():
-        raise TypeError(f"{name} must be a scalar, not {strength!r}.")
-    if isinstance(strength, Tracer):
-        return True
-    if not 0 <= np.asarray(strength) < math.inf:
-        raise ValueError(f"{name} must be at least 0 and finite, but is {strength}.")
+    check_scalar(name, strength, 0, math.inf)
     return isinstance(strength, jax.Array) or strength != 0

@@ -21,7 +21,7 @@ from weightreg._layers import (
     stack_of,
 )
 from weightreg._norms import Scaled, or_one, split, times_power
-from weightreg._volumes import is_real
+from weightreg._numbers import is_real
 from weightreg._weights import Dims, Mask, WeightLayer, weight_layers
 
 _FROBENIUS = (2.0, 2.0)

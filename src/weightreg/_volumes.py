@@ -3,19 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
+from weightreg._numbers import Number, check_shape, is_real
 from weightreg._trees import is_function, is_hole, match, show_path
 from weightreg._weights import Dims, Mask, WeightLayer, refuse_step_count, weight_layers
-
-Number: TypeAlias = jax.typing.ArrayLike | optax.Schedule
-"""A number, an array, a traced array, or a schedule of the step count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,38 +217,6 @@ def resolve(
                 check_shape(where, jnp.shape(entry), jnp.shape(leaf))
         volumes.append(entry if flag else None)
     return volumes
-
-
-def is_real(value: Any) -> bool:
-    """Whether something is a real number or an array of such, traced or not."""
-    try:
-        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    except (TypeError, ValueError):
-        return False
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-
-
-def at(
-    name: str, number: Number, count: jax.Array, shape: tuple[int, ...]
-) -> jax.typing.ArrayLike:
-    """The value of a number or schedule at a step, to be broadcast to ``shape``."""
-    if not callable(number):
-        return number
-    value = number(count)
-    if not is_real(value):
-        raise TypeError(f"{name} must be a schedule of numbers, but gives {value!r}.")
-    check_shape(name, jnp.shape(value), shape)
-    return value
-
-
-def check_shape(where: str, shape: tuple[int, ...], leaf: tuple[int, ...]) -> None:
-    try:
-        fits = np.broadcast_shapes(shape, leaf) == leaf
-    except ValueError:
-        fits = False
-    if not fits:
-        broadcast = f" or broadcast to the leaf's shape {leaf}" if leaf else ""
-        raise ValueError(f"{where} must be a scalar{broadcast}, but has shape {shape}.")
 
 
 def _lift(fn: Callable[[Any], Any], number: Number) -> Number:

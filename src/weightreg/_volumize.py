@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.core import Tracer
 from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
 
 from weightreg._moments import map_moments, took_step
+from weightreg._numbers import Number, at, check_scalar
 from weightreg._reach import SUPPORTED, compute_dtype, land, reach, round_to
 from weightreg._trees import leaves_like, show_path
-from weightreg._volumes import Number, VolumeRule, at, check_volume, is_real, resolve
+from weightreg._volumes import VolumeRule, check_volume, resolve
 from weightreg._weights import Dims, Mask, mask_leaves
 
 
@@ -352,12 +352,8 @@ def _check(volume: Any, alpha: Any) -> None:
         raise TypeError(
             f"alpha must be a scalar or a schedule, not the rule {alpha!r}."
         )
-    if callable(alpha):
-        return
-    if not is_real(alpha) or np.shape(alpha) != ():
-        raise TypeError(f"alpha must be a scalar or a schedule, not {alpha!r}.")
-    if not isinstance(alpha, Tracer) and not -1 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [-1, 1], but is {alpha}.")
+    if not callable(alpha):
+        check_scalar("alpha", alpha, -1, 1, "a scalar or a schedule")
 
 
 def _resolve(volume: Any, params: Any, mask: Mask, dims: Dims):

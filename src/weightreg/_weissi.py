@@ -10,6 +10,7 @@ from optax._src.base import NO_PARAMS_MSG  # not public, but the error users kno
 
 from weightreg._exponents import Weights
 from weightreg._norms import Norm
+from weightreg._numbers import Number, at
 from weightreg._penalty import (
     Form,
     Hyper,
@@ -21,7 +22,6 @@ from weightreg._penalty import (
     start_vectors,
 )
 from weightreg._trees import leaves_like
-from weightreg._volumes import Number, at
 from weightreg._weights import Dims, Mask
 
 
