@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from benchmarks.train import (
     Population,
     Training,
     example_loss,
+    initialize,
     make_step,
 )
 
@@ -200,7 +202,8 @@ def tune(name: str, data: Dataset, settings: Settings, tick: Tick) -> dict:
     if method.fixed:
         chosen = dict(method.fixed)
         return {"trials": [], "chosen": chosen, "score": None, "at_edge": []}
-    tried = trials(method, settings.optimizer, settings.trials)
+    space = method.whole_space(settings.optimizer, _energy(data, settings))
+    tried = trials(space, settings.trials)
     train, held_out = _split(data, settings)
     seeds = [TUNING_SEED + i for i in range(settings.tuning_seeds)]
     noisy = [_noisy(data, settings, seed) for seed in seeds]
@@ -225,7 +228,7 @@ def tune(name: str, data: Dataset, settings: Settings, tick: Tick) -> dict:
         ],
         "chosen": tried[best],
         "score": _round(scores[best]),
-        "at_edge": at_edge(method, settings.optimizer, tried[best]),
+        "at_edge": at_edge(space, tried[best]),
     }
 
 
@@ -367,6 +370,14 @@ def _source(data: Dataset, settings: Settings, tick: Tick) -> robustness.Network
     )
     model = models.make(settings.model, data.classes)
     return robustness.Network(functools.partial(models.logits, model), params)
+
+
+def _energy(data: Dataset, settings: Settings) -> float:
+    """Weight energy of the untrained network, leaving out layers that begin at 0."""
+    model = models.make(settings.model, data.classes)
+    params, _ = initialize(model, TUNING_SEED, jnp.asarray(data.x_train[:1]))
+    log_energy = wr.weissi(energy=1.0, complexity=0.0, log=True)(params)
+    return math.exp(float(log_energy))
 
 
 def _final_runs(name, hyper, data, settings, seeds, tick):

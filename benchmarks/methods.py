@@ -14,6 +14,7 @@ from scipy.stats import qmc
 import weightreg as wr
 
 Hyperparameters = Mapping[str, float]
+Space = dict[str, tuple[float, float]]
 Direction = Callable[[], optax.GradientTransformation]
 
 
@@ -49,6 +50,8 @@ class Method:
       optimizer: From hyperparameters, which may be traced, a direction and a learning
         rate as links of a chain, to an optimizer.
       space: Smallest and largest value of every further hyperparameter, on a log scale.
+      relative: Those whose range is to be divided by the energy of the untrained
+        network. A product of norms has a size that no fixed range can foresee.
       fixed: All hyperparameters, for a method that is not tuned.
       volume: From hyperparameters to a volume rule, if weights have walls.
     """
@@ -56,6 +59,7 @@ class Method:
     label: str
     optimizer: Callable[..., optax.GradientTransformation]
     space: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    relative: tuple[str, ...] = ()
     fixed: Hyperparameters | None = None
     volume: Callable[[Hyperparameters], Callable] | None = None
 
@@ -64,9 +68,13 @@ class Method:
         rate = optax.scale_by_learning_rate(hyper["learning_rate"])
         return self.optimizer(hyper, BASES[base].direction(), rate)
 
-    def whole_space(self, base: str) -> dict[str, tuple[float, float]]:
-        """The space, learning rate included."""
-        return {"learning_rate": BASES[base].learning_rate, **self.space}
+    def whole_space(self, base: str, energy: float) -> Space:
+        """The space for a network of some energy, learning rate included."""
+        space = {"learning_rate": BASES[base].learning_rate, **self.space}
+        for name in self.relative:
+            low, high = space[name]
+            space[name] = low / energy, high / energy
+        return space
 
 
 def _l2(h, direction, rate):
@@ -107,9 +115,12 @@ METHODS: dict[str, Method] = {
         volume=lambda h: wr.he_volume(h["v"]),
     ),
     "weissi": Method(
-        "WEISSI", _weissi, {"energy": (1e-9, 1e-3), "complexity": (1e-6, 1e-2)}
+        "WEISSI",
+        _weissi,
+        {"energy": (1e-2, 1e2), "complexity": (1e-6, 1e-2)},
+        relative=("energy",),
     ),
-    "weissi_log": Method(  # deep: a product of norms has a size no range can foresee
+    "weissi_log": Method(
         "WEISSI (logarithm)",
         _weissi_log,
         {"energy": (1e-5, 1e-1), "complexity": (1e-6, 1e-2)},
@@ -135,21 +146,18 @@ METHODS: dict[str, Method] = {
 TUNED = tuple(name for name, method in METHODS.items() if not method.fixed)
 
 
-def trials(
-    method: Method, base: str, count: int, seed: int = 0
-) -> list[dict[str, float]]:
-    """``count`` settings that fill a method's space evenly on a log scale."""
-    space = method.whole_space(base)
+def trials(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:
+    """``count`` settings that fill a space evenly on a log scale."""
     points = qmc.Halton(d=len(space), scramble=True, rng=seed).random(count)
     low, high = np.log(list(space.values())).T
     values = np.exp(low + points * (high - low))
     return [dict(zip(space, map(float, row), strict=True)) for row in values]
 
 
-def at_edge(method: Method, base: str, chosen: Hyperparameters) -> list[str]:
+def at_edge(space: Space, chosen: Hyperparameters) -> list[str]:
     """Hyperparameters in the outer 5 % of their range: the optimum may lie beyond."""
     edge = []
-    for name, (low, high) in method.whole_space(base).items():
+    for name, (low, high) in space.items():
         place = math.log(chosen[name] / low) / math.log(high / low)
         if not 0.05 <= place <= 0.95:
             edge.append(name)

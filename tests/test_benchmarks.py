@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import pathlib
 
 import chex
@@ -148,7 +149,7 @@ def test_final_runs_train_on_noisy_labels_and_are_tested_on_true_ones(
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_hyperparameter_acts_and_only_weights_are_regularized(name, base):
-    space = METHODS[name].whole_space(base)
+    space = METHODS[name].whole_space(base, energy=1e3)
     if fixed := METHODS[name].fixed:
         space = {parameter: (value, 100 * value) for parameter, value in fixed.items()}
     params = {"kernel": jnp.array([[1.0, 2], [3, 4], [5, 6]]), "bias": jnp.ones(2)}
@@ -172,19 +173,33 @@ def test_every_hyperparameter_acts_and_only_weights_are_regularized(name, base):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_trials_fill_the_space_of_every_method_alike(name):
-    tried = trials(METHODS[name], "adam", 64)
-    assert len(tried) == 64 and tried == trials(METHODS[name], "adam", 64)
-    for parameter, (low, high) in METHODS[name].whole_space("adam").items():
+    space = METHODS[name].whole_space("adam", energy=1e3)
+    tried = trials(space, 64)
+    assert len(tried) == 64 and tried == trials(space, 64)
+    for parameter, (low, high) in space.items():
         places = [np.log(t[parameter] / low) / np.log(high / low) for t in tried]
         assert np.all(np.histogram(places, 4, (0, 1))[0] >= 14)
 
 
 def test_the_edge_of_a_range_is_told():
-    space = METHODS["weight_decay"].whole_space("adam")
-    middle = {k: float(np.sqrt(low * high)) for k, (low, high) in space.items()}
-    assert at_edge(METHODS["weight_decay"], "adam", middle) == []
-    low = middle | {"strength": space["strength"][0] * 1.01}
-    assert at_edge(METHODS["weight_decay"], "adam", low) == ["strength"]
+    space = {"learning_rate": (1e-4, 1e-2), "strength": (1e-2, 1e2)}
+    middle = {"learning_rate": 1e-3, "strength": 1.0}
+    assert at_edge(space, middle) == []
+    assert at_edge(space, middle | {"strength": 1.01e-2}) == ["strength"]
+
+
+@pytest.mark.parametrize("model", ["mlp1024", "resnet"])
+def test_ranges_of_energy_go_by_the_size_of_the_product(digits, model):
+    images = dataclasses.replace(digits, x_train=digits.x_train[:1].reshape(1, 8, 8))
+    config = compare.Settings.of("digits", model=model)
+    network = models.make(model, 10)
+    params, _ = train.initialize(network, compare.TUNING_SEED, images.x_train)
+    squares = [float(jnp.sum(p**2)) for p in jax.tree.leaves(params) if p.ndim > 1]
+    energy = math.prod(square for square in squares if square)
+    assert (0.0 in squares) == (model == "resnet")  # Fixup begins with zeros
+    got = METHODS["weissi"].whole_space("adam", compare._energy(images, config))
+    want = np.array(METHODS["weissi"].space["energy"]) / energy
+    np.testing.assert_allclose(got["energy"], want, rtol=1e-4)
 
 
 def population(mapping, seeds, hyper, data, method="volumization", **kwargs):
