@@ -243,9 +243,9 @@ def test_dtypes(dtype, expected):
             ValueError,
             r"args\[0\] has shape \(\)",
         ),
-        (jnp.sum, jnp.ones(3), (), {"batch_size": 0}, ValueError, "at least 1"),
-        (jnp.sum, jnp.ones(3), (), {"batch_size": 1.5}, TypeError, "an integer or"),
-        (jnp.sum, jnp.ones(3), (), {"batch_size": True}, TypeError, "an integer or"),
+        (jnp.sum, jnp.ones(3), (), {"batch_size": 0}, ValueError, "be 1 or more"),
+        (jnp.sum, jnp.ones(3), (), {"batch_size": 1.5}, TypeError, "an integer"),
+        (jnp.sum, jnp.ones(3), (), {"batch_size": True}, TypeError, "an integer"),
     ],
 )
 def test_errors_of_norms(f, x, args, kwargs, error, message):

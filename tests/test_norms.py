@@ -9,17 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightreg._norms import (
-    Axes,
-    Scaled,
-    add,
-    measure,
-    parse_norm,
-    power_iteration,
-    split,
-    start_vector,
-    times_power,
-)
+from weightreg._norms import Axes, measure, parse_norm, power_iteration, start_vector
+from weightreg._scaled import Scaled, add, split, times_power
 
 NORMS = [(1.0, 1.0), (2.0, 2.0), (2.0, 1.0), (1.0, 3.5), (7.0, 7.0)]
 NORMS += [(math.inf, math.inf), (math.inf, 2.0), (200.0, 200.0), "spectral"]

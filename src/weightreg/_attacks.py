@@ -13,7 +13,6 @@ training step that is differentiated: no gradient flows through them.
 """
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
+
+from weightreg._numbers import check_count
 
 Loss = Callable[[jax.Array, Any], jax.Array]
 Bounds = tuple[ArrayLike, ArrayLike] | None
@@ -481,15 +482,7 @@ def _count(name: str, value: Any, least: int) -> int | jax.Array:
         if value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
             return value
         raise TypeError(f"{name}: expected an integer, got {value.aval}")
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
-    if count < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {count}")
-    return count
+    return check_count(name, value, least)
 
 
 def _numbers(name: str, value: ArrayLike) -> jax.Array | np.ndarray:

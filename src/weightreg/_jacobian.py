@@ -12,12 +12,12 @@ from weightreg._layers import (
     LayerOrder,
     chain_norms,
     chain_of,
-    cumulative_product,
-    norm_of,
     stack_of,
 )
-from weightreg._norms import Axes, Scaled, parse_norm
+from weightreg._norms import Axes, norm_of, parse_norm
+from weightreg._numbers import check_count
 from weightreg._reach import compute_dtype
+from weightreg._scaled import Scaled, cumulative_product
 from weightreg._trees import show_path
 from weightreg._weights import Dims, Mask, WeightLayer
 
@@ -214,11 +214,8 @@ def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> 
     """``vmap``, of ``batch_size`` examples at a time."""
     if batch_size is None:
         return jax.vmap(f)(*xs)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-        raise TypeError(f"batch_size must be an integer or None, not {batch_size!r}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
-    return jax.lax.map(lambda x: f(*x), xs, batch_size=int(batch_size))
+    size = check_count("batch_size", batch_size, 1)
+    return jax.lax.map(lambda x: f(*x), xs, batch_size=size)
 
 
 def _window_roots(layer: WeightLayer) -> np.ndarray:

@@ -4,20 +4,20 @@ No tree says in which order a network calls its layers. Where that matters, user
 the layers, and only this file reads the names.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec, reshard
+from jax.sharding import reshard
 from jax.tree_util import GetAttrKey
 
-from weightreg._norms import Axes, Norm, Scaled, measure, split, times_power
+from weightreg._mesh import placed
+from weightreg._norms import Axes, Norm, norm_of
 from weightreg._reach import compute_dtype
+from weightreg._scaled import Scaled, normalize
 from weightreg._trees import KeyPath, show_path
 from weightreg._weights import Dims, Mask, WeightLayer, weight_layers
 
@@ -91,51 +91,6 @@ def chain_norms(params: Any, layers: Sequence[WeightLayer], norm: Norm) -> Scale
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all of one shape
-def norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
-    """The norms that `measure` gives, differentiated as it says: in closed form.
-
-    Derivatives of its steps pass through numbers that may be out of range.
-    """
-    return _norm_of(x.astype(compute_dtype(x.dtype)), norm, axes)
-
-
-def normalize(x: Scaled) -> Scaled:
-    """The same number with its fraction in [1/2, 1), or 0."""
-    fraction, exponent = split(x.fraction, x.fraction.dtype)
-    return Scaled(fraction, exponent + x.exponent)
-
-
-@jax.jit
-def cumulative_product(factors: Scaled) -> Scaled:
-    """The products of the first one, two, ... numbers of a vector, all in range."""
-
-    def step(product: Scaled, factor: Scaled) -> tuple[Scaled, Scaled]:
-        fraction = product.fraction * factor.fraction
-        product = normalize(Scaled(fraction, product.exponent + factor.exponent))
-        return product, product
-
-    one = Scaled(jnp.ones([], factors.fraction.dtype), jnp.zeros([], jnp.int32))
-    return lax.scan(step, one, normalize(factors))[1]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
-    size, _ = measure(x, norm, axes)
-    return Scaled(size.fraction, jnp.broadcast_to(size.exponent, size.fraction.shape))
-
-
-@_norm_of.defjvp
-def _norm_of_jvp(norm, axes, primals, tangents):
-    (x,), (x_dot,) = primals, tangents
-    size, gradient = measure(x, norm, axes)
-    exponent = jnp.broadcast_to(size.exponent, size.fraction.shape)
-    terms = gradient * times_power(x_dot, -exponent)
-    fraction_dot = jnp.sum(terms, axes.inputs + axes.outputs, keepdims=True)
-    no_dot: Any = np.zeros(exponent.shape, jax.dtypes.float0)
-    return Scaled(size.fraction, exponent), Scaled(fraction_dot, no_dot)
-
-
 @jax.jit
 def _join(norms: list[Scaled]) -> Scaled:
     dtype = compute_dtype(*(x.fraction.dtype for x in norms))
@@ -148,10 +103,8 @@ def _join(norms: list[Scaled]) -> Scaled:
 
 def _on_every_device(x: jax.Array) -> jax.Array:
     """A flat copy, whole even if a mesh with explicit axes splits the stack."""
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        x = reshard(x, PartitionSpec(*(None for _ in sharding.spec)))
-    return x.reshape(-1)
+    whole = placed(x, range(x.ndim), ())
+    return (x if whole is None else reshard(x, whole)).reshape(-1)
 
 
 def _choose(

@@ -7,8 +7,6 @@ over a batch. The reduction is left to the user.
 import dataclasses
 import functools
 import math
-import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from weightreg._numbers import check_scalar, floats, is_real
+from weightreg._numbers import check_count, check_scalar, floats, is_real
 from weightreg._reach import compute_dtype
 
 
@@ -211,8 +209,8 @@ def max_mahalanobis(classes: int, features: int, norm: float = 10.0) -> MaxMahal
       >>> loss.logits(z).argmax(-1)
       Array([0, 0], dtype=int32)
     """
-    classes = _at_least("classes", classes, 2)
-    features = _at_least("features", features, classes - 1)
+    classes = check_count("classes", classes, 2)
+    features = check_count("features", features, classes - 1)
     if isinstance(norm, Tracer) or not is_real(norm) or np.shape(norm) != ():
         raise TypeError(f"norm must be a number known before tracing, not {norm!r}.")
     norm = float(norm)
@@ -297,15 +295,3 @@ def _check_labels(labels: jax.Array, shape: tuple[int, ...]) -> None:
             f"labels must have shape {shape}, one label an example, but have "
             f"{labels.shape}."
         )
-
-
-def _at_least(name: str, value: Any, least: int) -> int:
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {value!r}.") from None
-    if number < least:
-        raise ValueError(f"{name} must be {least} or more, but is {number}.")
-    return number

@@ -1,21 +1,21 @@
 """Norms of weights and their gradients, without overflow or underflow.
 
-A product of a thousand norms is in the range of no dtype, and a square is not for
-weights of 1e-30. So numbers are carried as a fraction and a power of two (`Scaled`),
-and weights are scaled by a power of two, which is exact, before anything is summed.
+The square of a weight of 1e-30 is in the range of no dtype. So norms are `Scaled`, and
+weights are scaled by a power of two, which is exact, before anything is summed.
 """
 
+import functools
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
 
+from weightreg._mesh import placed
 from weightreg._reach import compute_dtype
+from weightreg._scaled import Scaled, exponent_of, or_one, power_of_two, times_power
 from weightreg._weights import WeightLayer
 
 Norm: TypeAlias = str | tuple[float, float]
@@ -26,37 +26,6 @@ _NAMED: dict[str, Norm] = {
     "l1": (1.0, 1.0),
     "spectral": "spectral",
 }
-
-
-class Scaled(NamedTuple):
-    """The number ``fraction * 2**exponent``.
-
-    Attributes:
-      fraction: Float32 or float64; of size one, or 0.
-      exponent: int32, of a shape that broadcasts against it.
-    """
-
-    fraction: jax.Array
-    exponent: jax.Array
-
-    def value(self) -> jax.Array:
-        """The number itself, infinite or 0 where the dtype's range ends."""
-        return times_power(self.fraction, self.exponent)
-
-    def at(self, exponent: jax.Array) -> jax.Array:
-        """The fraction that goes with another exponent."""
-        return times_power(self.fraction, self.exponent - exponent)
-
-
-def add(x: Scaled, y: Scaled) -> Scaled:
-    """The sum of two numbers."""
-    # A 0 has no say in it, whatever its exponent is.
-    low = -(2**24)
-    exponent = jnp.maximum(
-        jnp.where(x.fraction == 0, low, x.exponent),
-        jnp.where(y.fraction == 0, low, y.exponent),
-    )
-    return Scaled(x.at(exponent) + y.at(exponent), exponent)
 
 
 class Axes(NamedTuple):
@@ -96,56 +65,6 @@ def parse_norm(argument: str, norm: Any) -> Norm:
         f"{argument} must be one of {', '.join(map(repr, _NAMED))}, or a pair (p, q) "
         f"of numbers from 1 to infinity, not {norm!r}."
     )
-
-
-def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """``x * 2**exponent``, rounded only where it leaves the range of the dtype."""
-    half, rest = halve(-exponent, x.dtype)
-    return x * half * rest
-
-
-def halve(exponent: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """``2**-exponent`` as two factors.
-
-    One may be out of range where a product with it is not, but two are enough: beyond
-    them every number but 0 has become infinite, or 0.
-    """
-    limit = jnp.finfo(dtype).maxexp - 2
-    exponent = jnp.clip(-exponent, -2 * limit, 2 * limit)
-    half = exponent >> 1
-    return _power_of_two(half, dtype), _power_of_two(exponent - half, dtype)
-
-
-def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """``2**exponent`` for a normal number; ldexp would be thirty operations."""
-    info = jnp.finfo(dtype)
-    bits = lax.convert_element_type(exponent - info.minexp + 1, f"int{info.bits}")
-    return lax.bitcast_convert_type(bits << info.nmant, dtype)
-
-
-def _exponent(x: jax.Array) -> jax.Array:
-    """The exponent with which a number is in [1/2, 1), as ``frexp`` has it.
-
-    Subnormal numbers, which XLA takes for 0, have that of the least normal one.
-    """
-    info = jnp.finfo(x.dtype)
-    bits = lax.bitcast_convert_type(lax.stop_gradient(jnp.abs(x)), f"int{info.bits}")
-    return ((bits >> info.nmant) + info.minexp).astype(jnp.int32)
-
-
-def split(x: jax.typing.ArrayLike, dtype: Any) -> Scaled:
-    """A number of at least 0 as fraction and exponent; subnormal ones count too.
-
-    (XLA takes subnormal operands for 0, and 1e-38 is one in float32.)
-    """
-    x, offset = jnp.asarray(x, dtype), 0
-    if x.dtype == jnp.float32:
-        bits = lax.bitcast_convert_type(lax.stop_gradient(x), jnp.int32)
-        subnormal = (bits > 0) & (bits < 2**23)
-        x = jnp.where(subnormal, bits.astype(x.dtype), x)
-        offset = jnp.where(subnormal, -149, 0)
-    exponent = _exponent(x)
-    return Scaled(times_power(x, -exponent), exponent + offset)
 
 
 def measure(weight: jax.Array, norm: Norm, axes: Axes) -> tuple[Scaled, jax.Array]:
@@ -191,6 +110,32 @@ def measure(weight: jax.Array, norm: Norm, axes: Axes) -> tuple[Scaled, jax.Arra
     return Scaled(size, exponent), within * across
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all of one shape
+def norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
+    """The norms that `measure` gives, differentiated as it says: in closed form.
+
+    Derivatives of its steps pass through numbers that may be out of range.
+    """
+    return _norm_of(x.astype(compute_dtype(x.dtype)), norm, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
+    size, _ = measure(x, norm, axes)
+    return Scaled(size.fraction, jnp.broadcast_to(size.exponent, size.fraction.shape))
+
+
+@_norm_of.defjvp
+def _norm_of_jvp(norm, axes, primals, tangents):
+    (x,), (x_dot,) = primals, tangents
+    size, gradient = measure(x, norm, axes)
+    exponent = jnp.broadcast_to(size.exponent, size.fraction.shape)
+    terms = gradient * times_power(x_dot, -exponent)
+    fraction_dot = jnp.sum(terms, axes.inputs + axes.outputs, keepdims=True)
+    no_dot: Any = np.zeros(exponent.shape, jax.dtypes.float0)
+    return Scaled(size.fraction, exponent), Scaled(fraction_dot, no_dot)
+
+
 def power_iteration(
     weight: jax.Array, vector: jax.Array, axes: Axes, iterations: int
 ) -> tuple[Scaled, jax.Array, jax.Array]:
@@ -217,7 +162,7 @@ def power_iteration(
     own = lambda x: tuple(range(len(stack), x.ndim))  # noqa: E731
 
     def product(x, of_x, y, of_y, out) -> jax.Array:  # no sharding survives a reshape
-        where = _placed(weight, out, None if out is both else stack)
+        where = placed(weight, out, None if out is both else stack)
         return jnp.einsum(
             x, of_x, y, of_y, out, precision=lax.Precision.HIGHEST, out_sharding=where
         )
@@ -255,21 +200,21 @@ def _scaled_sum(x: jax.Array, p: int, axes: tuple[int, ...]) -> Scaled:
     too_small = plain < 2.0 ** (-9 * maxexp // 16)  # 2e-22: terms below 1e-38 are lost
     too_large = plain > 2.0 ** (maxexp - 2)
     shift = jnp.where(too_small, scale, jnp.where(too_large, -scale, 0))
-    rescaled = lambda: total(x * _power_of_two(shift, x.dtype))  # noqa: E731
+    rescaled = lambda: total(x * power_of_two(shift, x.dtype))  # noqa: E731
     # A CPU would store the products. A GPU forms them in passing, while a condition
     # would have it wait for the host.
     ordinary = ~jnp.any(too_small | too_large)
     value = lax.platform_dependent(
         cpu=lambda: lax.cond(ordinary, lambda: plain, rescaled), default=rescaled
     )
-    exponent = _exponent(value) & ~1  # even, for its root
+    exponent = exponent_of(value) & ~1  # even, for its root
     return Scaled(times_power(value, -exponent), exponent - p * shift)
 
 
 def _normalize(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Scales by a power of two, so that the largest entry is in [1/2, 1)."""
     largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-    exponent = _exponent(largest)
+    exponent = exponent_of(largest)
     return times_power(x, -exponent), exponent
 
 
@@ -300,17 +245,12 @@ def _root(x: jax.Array, p: float) -> jax.Array:
     return jnp.where(x == 0, 0, jnp.sqrt(safe) if p == 2 else safe ** (1 / p))
 
 
-def or_one(x: jax.Array) -> jax.Array:
-    """``x``, but 1 for 0: a divisor that spoils neither value nor derivative."""
-    return jnp.where(x == 0, 1, x)
-
-
 def _largest_singular(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """The largest singular value of every layer's kernel matrix, and its gradient."""
     own, stack = axes.inputs + axes.outputs, axes.stack(x.ndim)
     if not x.size:
         return jnp.zeros_like(jnp.sum(x, own, keepdims=True)), x
-    whole, spec = _placed(x, range(x.ndim), stack), _placed(x, range(x.ndim), None)
+    whole, spec = placed(x, range(x.ndim), stack), placed(x, range(x.ndim), None)
     if whole is not None:
         x = jax.sharding.reshard(x, whole)
     order = (*stack, *own)
@@ -327,20 +267,3 @@ def _largest_singular(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
         direction = jax.sharding.reshard(direction, spec)
     sigma = jnp.where(zero[..., 0, 0], 0, sigma[..., 0])
     return jnp.expand_dims(sigma, own), direction
-
-
-def _placed(
-    x: jax.Array, axes: Iterable[int], kept: tuple[int, ...] | None
-) -> PartitionSpec | None:
-    """How an array of some ``axes`` of ``x`` is placed on an explicit mesh.
-
-    Such a mesh wants to be told where a sum over a split axis goes. Only the axes
-    ``kept`` stay split; with ``None``, all do.
-    """
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    spec = sharding.spec
-    return PartitionSpec(
-        *(spec[a] if kept is None or a in kept else None for a in axes)
-    )

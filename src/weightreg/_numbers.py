@@ -1,6 +1,7 @@
 """Numbers that users pass: real, traced or scheduled, and their checks."""
 
 import math
+import operator
 from typing import Any, TypeAlias
 
 import jax
@@ -38,6 +39,19 @@ def check_scalar(
         ends = f"in [{low}, {high}]"
         allowed = f"at least {low} and finite" if math.isinf(high) else ends
         raise ValueError(f"{name} must be {allowed}, but is {value}.")
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """An integer, which has to be known before tracing."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}.") from None
+    if count < least:
+        raise ValueError(f"{name} must be {least} or more, but is {count}.")
+    return count
 
 
 def at(

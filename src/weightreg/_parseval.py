@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
 
+from weightreg._mesh import placed
 from weightreg._numbers import Number, at, check_scalar, floats, is_real
 from weightreg._reach import SUPPORTED, compute_dtype
 from weightreg._trees import leaves_like
@@ -215,14 +215,10 @@ def _cubed(w: jax.Array, kept: tuple[int, ...], stacked: tuple[int, ...]) -> jax
     axes = list(range(w.ndim))
     copy = [a + w.ndim if a in kept else a for a in axes]
     pairs = [*stacked, *kept, *(a + w.ndim for a in kept)]
-    mesh, spec = jax.typeof(w).sharding.mesh, jax.typeof(w).sharding.spec
-    # Explicit meshes want to be told where sums over a split axis go: to every device.
-    whole = PartitionSpec(*(spec[a] if a in stacked else None for a in pairs))
-    if AxisType.Explicit not in mesh.axis_types:
-        spec = whole = None
+    whole, split = placed(w, pairs, stacked), placed(w, axes, None)
     einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     gram = einsum(w, axes, w, copy, pairs, out_sharding=whole)
-    return einsum(gram, pairs, w, copy, axes, out_sharding=spec)
+    return einsum(gram, pairs, w, copy, axes, out_sharding=split)
 
 
 def _gram_axes(layer: WeightLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,19 +18,14 @@ from weightreg._exponents import Weights
 from weightreg._norms import (
     Axes,
     Norm,
-    Scaled,
-    add,
-    halve,
     measure,
-    or_one,
     parse_norm,
     power_iteration,
-    split,
     start_vector,
-    times_power,
 )
 from weightreg._numbers import check_scalar
 from weightreg._reach import compute_dtype
+from weightreg._scaled import Scaled, add, halve, or_one, split, times_power
 
 _WARM_UP = 30  # power iterations in init, where they cost nothing
 

@@ -16,12 +16,17 @@ from weightreg._layers import (
     LayerOrder,
     chain_norms,
     chain_of,
-    cumulative_product,
-    normalize,
     stack_of,
 )
-from weightreg._norms import Scaled, or_one, split, times_power
 from weightreg._numbers import is_real
+from weightreg._scaled import (
+    Scaled,
+    cumulative_product,
+    normalize,
+    or_one,
+    split,
+    times_power,
+)
 from weightreg._weights import Dims, Mask, WeightLayer, weight_layers
 
 _FROBENIUS = (2.0, 2.0)
