@@ -28,6 +28,7 @@ from benchmarks.methods import BASES, METHODS, at_edge, trials
 
 ROOT = pathlib.Path(__file__).parent.parent
 PLOTS = ("accuracy", "energy", "gradients", "strength", "weights")
+COMPARED = ["none", "volumization", "weissi"]
 SMALL = ["--epochs", "2", "--trials", "2", "--seeds", "2", "--tuning-seeds", "1"]
 
 
@@ -188,15 +189,15 @@ def test_the_edge_of_a_range_is_told():
     assert at_edge(space, middle | {"strength": 1.01e-2}) == ["strength"]
 
 
-@pytest.mark.parametrize("model", ["mlp1024", "resnet"])
-def test_ranges_of_energy_go_by_the_size_of_the_product(digits, model):
+def test_ranges_of_energy_go_by_the_size_of_the_product(digits, monkeypatch):
+    small = models.ResNet(10, blocks=1)
+    monkeypatch.setitem(models.MODELS, "resnet", lambda classes: small)
     images = dataclasses.replace(digits, x_train=digits.x_train[:1].reshape(1, 8, 8))
-    config = compare.Settings.of("digits", model=model)
-    network = models.make(model, 10)
-    params, _ = train.initialize(network, compare.TUNING_SEED, images.x_train)
+    config = compare.Settings.of("digits", model="resnet")
+    params, _ = train.initialize(small, compare.TUNING_SEED, images.x_train)
     squares = [float(jnp.sum(p**2)) for p in jax.tree.leaves(params) if p.ndim > 1]
+    assert 0 in squares  # Fixup begins with zeros, which must not count
     energy = math.prod(square for square in squares if square)
-    assert (0.0 in squares) == (model == "resnet")  # Fixup begins with zeros
     got = METHODS["weissi"].whole_space("adam", compare._energy(images, config))
     want = np.array(METHODS["weissi"].space["energy"]) / energy
     np.testing.assert_allclose(got["energy"], want, rtol=1e-4)
@@ -325,8 +326,9 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, capsys):
 def finished(tmp_path_factory):
     """A small comparison by the command line, and what it printed."""
     out = tmp_path_factory.mktemp("compare")
+    command = ["compare", *SMALL, "--methods", ",".join(COMPARED), "--out", str(out)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert cli.main(["compare", *SMALL, "--out", str(out)]) == 0
+        assert cli.main(command) == 0
     return out, printed.getvalue()
 
 
@@ -337,8 +339,7 @@ def test_compare_from_end_to_end(finished):
     assert {f.name for f in out.iterdir()} == set(files)
     result = json.loads((out / f"{stem}.json").read_text())
     assert result["complete"]
-    names = ["none", "weight_decay", "l2", "volumization", "weissi"]
-    assert list(result["results"]) == names
+    assert list(result["results"]) == COMPARED
     assert not set(result["fixed"]["tuning_seeds"]) & set(result["fixed"]["seeds"])
     for name, entry in result["results"].items():
         assert len(entry["tuning"]["trials"]) == 2
@@ -440,18 +441,14 @@ def test_parquet_files_are_read(name, column, shape, tmp_path):
         assert images.dtype == np.float32 and labels.dtype == np.int32
 
 
-def test_cifar10_is_compared_with_a_convolutional_network(tmp_path):
-    write_parquet(tmp_path / "cifar10", "img", (32, 32, 3), (60, 20))
-    command = ["compare", "--dataset", "cifar10", "--data-dir", str(tmp_path), *SMALL]
-    command += ["--batch", "16", "--methods", "volumization", "--out", str(tmp_path)]
-    command += ["--attacked", "4", "--restarts", "2", "--attack-steps", "2"]
-    assert cli.main(command) == 0
-    result = json.loads((tmp_path / "cifar10-noise40.json").read_text())
-    assert result["fixed"]["model"]["class"] == "CNN"
-    walls = [x["wall"] for x in result["results"]["volumization"]["weights"].values()]
-    v = result["results"]["volumization"]["tuning"]["chosen"]["v"]
+def test_walls_in_plots_are_those_of_the_convolutional_network():
+    config = compare.Settings.of("cifar10")
+    model = models.make(config.model, 10)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    layers = compare.weights("volumization", {"v": 0.7}, params).values()
     fans = np.array([9 * 32, 9 * 64, 9 * 64, 10])  # He's fan-out, window included
-    np.testing.assert_allclose(walls, v * np.sqrt(6 / fans), rtol=1e-5)
+    walls = [layer["wall"] for layer in layers]
+    np.testing.assert_allclose(walls, 0.7 * np.sqrt(6 / fans), rtol=1e-5)
 
 
 def test_missing_data_says_what_to_do(tmp_path, monkeypatch, capsys):
@@ -581,6 +578,7 @@ def test_experiments_can_be_run_and_have_the_papers_numbers(name):
 def test_an_experiment_from_end_to_end(tmp_path, monkeypatch, capsys):
     tiny = {"dataset": "digits", "epochs": 1, "trials": 1, "seeds": 2, "model": "mlp"}
     tiny |= {"examples": 200, "attacked": 20, "restarts": 2, "attack_steps": 2}
+    tiny |= {"methods": ("weissi_paper", "l2")}
     experiment = EXPERIMENTS["weissi-table1"]
     small = dataclasses.replace(experiment, scales={"cpu": tiny}, resized={})
     monkeypatch.setitem(EXPERIMENTS, "weissi-table1", small)

@@ -13,10 +13,10 @@ class Experiment:
       title: What it repeats.
       shared: Settings of all its comparisons.
       parts: Further settings of each comparison, by name.
-      scales: Further settings of all comparisons at each scale, and for single parts,
-        by ``(scale, part)``.
+      scales: Further settings of all comparisons at each scale.
       paper: The paper's rows of each part: label, and metrics in percent.
       note: In what the paper's runs differ.
+      resized: Further settings of single comparisons, by ``(scale, part)``.
     """
 
     title: str
