@@ -107,8 +107,8 @@ def numerical_gradient(f, params, step=1e-6):
     return grads
 
 
-def both_ways(params, strengths, dims=DIMS, **form):
-    """Value and gradient of the penalty, and updates of the link; one program."""
+def program(strengths, dims=DIMS, **form):
+    """Compiled: value and gradient of the penalty, and updates of the link."""
 
     @jax.jit
     def run(params):
@@ -118,7 +118,11 @@ def both_ways(params, strengths, dims=DIMS, **form):
         penalty = wr.weissi(*strengths, dims=dims, **form)
         return *jax.value_and_grad(penalty)(params), updates
 
-    return run(params)
+    return run
+
+
+def both_ways(params, strengths, dims=DIMS, **form):
+    return program(strengths, dims, **form)(params)
 
 
 def as_jax(params, dtype=jnp.float32):
@@ -127,17 +131,20 @@ def as_jax(params, dtype=jnp.float32):
 
 @pytest.mark.parametrize("form", FORMS, ids=show)
 def test_value_and_gradient_equal_the_formula(form):
-    params, strengths = tree(), (0.003, 0.7)
-    expected = reference(params, *strengths, **form)
-    slope = numerical_gradient(lambda p: reference(p, *strengths, **form), params)
-    value, grads, updates = both_ways(as_jax(params), strengths, **form)
-    np.testing.assert_allclose(value, expected, rtol=3e-6)
-    largest = max(np.abs(g).max() for g in slope.values())
-    for name, gradient in slope.items():
-        np.testing.assert_allclose(
-            grads[name], gradient, rtol=1e-4, atol=2e-6 * largest
-        )
-    chex.assert_trees_all_close(updates, grads, rtol=1e-6, atol=1e-7 * largest)
+    strengths = 0.003, 0.7
+    run = program(strengths, **form)
+    for seed in range(5):
+        params = tree(seed, scale=1 + 0.2 * seed)
+        expected = reference(params, *strengths, **form)
+        slope = numerical_gradient(lambda p: reference(p, *strengths, **form), params)
+        value, grads, updates = run(as_jax(params))
+        np.testing.assert_allclose(value, expected, rtol=3e-6)
+        largest = max(np.abs(g).max() for g in slope.values())
+        for name, gradient in slope.items():
+            np.testing.assert_allclose(
+                grads[name], gradient, rtol=1e-4, atol=2e-6 * largest
+            )
+        chex.assert_trees_all_close(updates, grads, rtol=1e-6, atol=1e-7 * largest)
 
 
 @pytest.mark.parametrize("form", [{}, {"log": True}, {"norm": (3, 1.5)}], ids=str)
