@@ -557,6 +557,7 @@ def test_norms_of_sharded_weights_are_of_the_whole(axis_type, norm):
             "complexity_norm must be",
         ),
         (lambda: wr.add_weissi(0, 0, iterations=0), ValueError, "iterations must be"),
+        (lambda: wr.add_weissi(0, 0, iterations=True), TypeError, "iterations must be"),
         (lambda: wr.add_weissi(0, -1), ValueError, "complexity must be at least 0"),
         (
             lambda: wr.weight_energy(jnp.ones((2, 2)), exponents=-1),

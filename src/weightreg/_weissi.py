@@ -10,7 +10,7 @@ from optax._src.base import NO_PARAMS_MSG  # not public, but the error users kno
 
 from weightreg._exponents import Weights
 from weightreg._norms import Norm
-from weightreg._numbers import Number, at
+from weightreg._numbers import Number, at, check_count
 from weightreg._penalty import (
     Form,
     Hyper,
@@ -193,7 +193,7 @@ def add_weissi(
     Raises:
       ValueError: As in `weissi`; ``iterations`` is below 1; or in ``update``,
         ``params`` is not passed, or ``updates`` do not fit it.
-      TypeError: As in `weissi`.
+      TypeError: As in `weissi`, or ``iterations`` is neither an integer nor ``None``.
 
     References:
       Liu, Cui, Chan, 2020, section 5 (the gradient of the energy, for Frobenius norms).
@@ -211,10 +211,8 @@ def add_weissi(
              [-0.4]], dtype=float32)
     """
     form = Form.parse(energy, complexity, log, norm, complexity_norm)
-    if iterations is not None and not (isinstance(iterations, int) and iterations >= 1):
-        raise ValueError(
-            f"iterations must be None or an integer of at least 1, not {iterations!r}."
-        )
+    if iterations is not None:
+        iterations = check_count("iterations", iterations, 1)
 
     def init_fn(params):
         weights = Weights.of(params, exponents, mask, dims)
