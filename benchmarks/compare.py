@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from benchmarks import data as data_module
 from benchmarks import models, robustness
 from benchmarks.cost import relative_times
 from benchmarks.data import Dataset
-from benchmarks.methods import BASES, METHODS, at_edge, trials
+from benchmarks.methods import BASES, METHODS, Method, Space, at_edge, trials
 from benchmarks.record import environment, save
 from benchmarks.train import (
     ADVERSARY_STEPS,
@@ -202,7 +201,7 @@ def tune(name: str, data: Dataset, settings: Settings, tick: Tick) -> dict:
     if method.fixed:
         chosen = dict(method.fixed)
         return {"trials": [], "chosen": chosen, "score": None, "at_edge": []}
-    space = method.whole_space(settings.optimizer, _energy(data, settings))
+    space = _space(method, data, settings)
     tried = trials(space, settings.trials)
     train, held_out = _split(data, settings)
     seeds = [TUNING_SEED + i for i in range(settings.tuning_seeds)]
@@ -292,7 +291,7 @@ def attack(
 
 def strength(
     params: Any, data: Dataset, settings: Settings, source: robustness.Network
-) -> dict[str, list[float]]:
+) -> dict[str, list[float | None]]:
     """Accuracy of one network over the strength of attacks."""
     x, y = _attacked_examples(data, settings)
     epsilons = [settings.epsilon * s for s in STRENGTHS] if settings.epsilon else [0.0]
@@ -306,12 +305,8 @@ def gradients(params: list[Any], data: Dataset, settings: Settings) -> dict[str,
     model = models.make(settings.model, data.classes)
     x, y = _attacked_examples(data, settings)
     norms = np.concatenate([_gradient_norms(model, p, x, y) for p in params])
-    exponents = np.log10(np.maximum(norms, 1e-20))
-    counts, edges = np.histogram(exponents, BINS)
-    return {
-        "counts": counts.tolist(),
-        "log10_edges": [float(f"{e:.6g}") for e in edges],
-    }
+    counts, edges = _histogram(np.log10(np.maximum(norms, 1e-20)))
+    return {"counts": counts, "log10_edges": edges}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -329,10 +324,10 @@ def weights(name: str, chosen: dict[str, float], params: Any) -> dict[str, dict]
     walls = jax.tree.leaves(volume(chosen)(params)) if volume else []
     layers = {}
     for i, layer in enumerate(wr.weight_layers(params)):
-        counts, edges = np.histogram(np.asarray(leaves[layer.index]), BINS)
+        counts, edges = _histogram(leaves[layer.index])
         layers[layer.path] = {
-            "counts": counts.tolist(),
-            "edges": [float(f"{e:.6g}") for e in edges],
+            "counts": counts,
+            "edges": edges,
             "wall": float(walls[i]) if volume else None,
         }
     return layers
@@ -372,12 +367,11 @@ def _source(data: Dataset, settings: Settings, tick: Tick) -> robustness.Network
     return robustness.Network(functools.partial(models.logits, model), params)
 
 
-def _energy(data: Dataset, settings: Settings) -> float:
-    """Weight energy of the untrained network, leaving out layers that begin at 0."""
+def _space(method: Method, data: Dataset, settings: Settings) -> Space:
+    """Where a method's hyperparameters are searched."""
     model = models.make(settings.model, data.classes)
     params, _ = initialize(model, TUNING_SEED, jnp.asarray(data.x_train[:1]))
-    log_energy = wr.weissi(energy=1.0, complexity=0.0, log=True)(params)
-    return math.exp(float(log_energy))
+    return method.whole_space(settings.optimizer, params)
 
 
 def _final_runs(name, hyper, data, settings, seeds, tick):
@@ -425,11 +419,19 @@ def _noisy(data: Dataset, settings: Settings, seed: int) -> np.ndarray:
     return data_module.corrupt(data.y_train, settings.noise, data.classes, rng)
 
 
-def _round(x: Any) -> float:
-    return round(float(x), 5)
+def _histogram(values: Any) -> tuple[list[int], list[float]]:
+    """Counts and edges; what has diverged is in no bin."""
+    known = np.asarray(values)
+    counts, edges = np.histogram(known[np.isfinite(known)], BINS)
+    return counts.tolist(), [float(f"{e:.6g}") for e in edges]
 
 
-def _rounded(curves: np.ndarray) -> list[list[float]]:
+def _round(x: Any) -> float | None:
+    """For the record: JSON has no infinities, nor NaN."""
+    return round(float(x), 5) if np.isfinite(x) else None
+
+
+def _rounded(curves: np.ndarray) -> list[list[float | None]]:
     return [[_round(x) for x in curve] for curve in curves]
 
 

@@ -6,7 +6,9 @@ To add a method, add an entry to `METHODS`.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 import optax
 from scipy.stats import qmc
@@ -50,8 +52,9 @@ class Method:
       optimizer: From hyperparameters, which may be traced, a direction and a learning
         rate as links of a chain, to an optimizer.
       space: Smallest and largest value of every further hyperparameter, on a log scale.
-      relative: Those whose range is to be divided by the energy of the untrained
-        network. A product of norms has a size that no fixed range can foresee.
+      log_size: From an untrained network to the logarithm of what its ``energy`` is
+        multiplied by, by which the range of ``energy`` is divided: a product of norms
+        has a size that no fixed range can foresee.
       fixed: All hyperparameters, for a method that is not tuned.
       volume: From hyperparameters to a volume rule, if weights have walls.
     """
@@ -59,7 +62,7 @@ class Method:
     label: str
     optimizer: Callable[..., optax.GradientTransformation]
     space: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    relative: tuple[str, ...] = ()
+    log_size: Callable[[Any], jax.Array] | None = None
     fixed: Hyperparameters | None = None
     volume: Callable[[Hyperparameters], Callable] | None = None
 
@@ -68,12 +71,18 @@ class Method:
         rate = optax.scale_by_learning_rate(hyper["learning_rate"])
         return self.optimizer(hyper, BASES[base].direction(), rate)
 
-    def whole_space(self, base: str, energy: float) -> Space:
-        """The space for a network of some energy, learning rate included."""
+    def whole_space(self, base: str, params: Any) -> Space:
+        """The space for an untrained network, learning rate included."""
         space = {"learning_rate": BASES[base].learning_rate, **self.space}
-        for name in self.relative:
-            low, high = space[name]
-            space[name] = low / energy, high / energy
+        if self.log_size:
+            log_size = float(self.log_size(params))
+            if log_size > 700:
+                raise ValueError(
+                    f"The energy of this network is e^{log_size:.0f}, out of the range "
+                    f"of any strength of {self.label}: compare weissi_log."
+                )
+            low, high = space["energy"]
+            space["energy"] = low / math.exp(log_size), high / math.exp(log_size)
         return space
 
 
@@ -86,9 +95,34 @@ def _weissi(h, direction, rate):
     return optax.chain(wr.add_weissi(h["energy"], h["complexity"]), direction, rate)
 
 
+def _weissi_cnn(h, direction, rate):
+    penalty = wr.add_weissi(h["energy"], h["complexity"], exponents=wr.cnn_exponents)
+    return optax.chain(penalty, direction, rate)
+
+
 def _weissi_log(h, direction, rate):
     penalty = wr.add_weissi(h["energy"], h["complexity"], log=True)
     return optax.chain(penalty, direction, rate)
+
+
+def _last_layer(params):
+    """Whether a leaf is the weight of the output layer, which has the last name."""
+    last = wr.weight_layers(params)[-1].index
+    marks = [i == last for i in range(len(jax.tree.leaves(params)))]
+    return jax.tree.unflatten(jax.tree.structure(params), marks)
+
+
+def _other_layers(params):
+    both = wr.weight_mask(params), _last_layer(params)
+    return jax.tree.map(lambda weight, last: weight and not last, *both)
+
+
+def _parseval(h, direction, rate):
+    # Liu et al. keep the output layer out, which has to tell classes apart, and decay
+    # it by 1e-4 times its squared norm.
+    decay = optax.add_decayed_weights(2e-4, mask=_last_layer)
+    step = wr.parseval(h["beta"], mask=_other_layers)
+    return optax.chain(decay, direction, rate, step)
 
 
 def _volumization(h, direction, rate):
@@ -118,7 +152,14 @@ METHODS: dict[str, Method] = {
         "WEISSI",
         _weissi,
         {"energy": (1e-2, 1e2), "complexity": (1e-6, 1e-2)},
-        relative=("energy",),
+        # The logarithm leaves out layers that begin at 0, as the product could not.
+        log_size=wr.weissi(1.0, 0.0, log=True),
+    ),
+    "weissi_cnn": Method(  # the paper's for deep convolutional networks
+        "WEISSI (CNN)",
+        _weissi_cnn,
+        {"energy": (1e-2, 1e2), "complexity": (1e-6, 1e-2)},
+        log_size=wr.weissi(1.0, 0.0, log=True, exponents=wr.cnn_exponents),
     ),
     "weissi_log": Method(
         "WEISSI (logarithm)",
@@ -127,7 +168,7 @@ METHODS: dict[str, Method] = {
     ),
     "parseval": Method(
         "Parseval",
-        lambda h, direction, rate: optax.chain(direction, rate, wr.parseval(h["beta"])),
+        _parseval,
         {"beta": (1e-5, 1e-1)},
     ),
     # Liu et al., appendix B.1 and Table 5. Their weight decay is the sum of squares,

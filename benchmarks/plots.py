@@ -142,7 +142,7 @@ def _methods(result: dict):
 
 def _over_epochs(axes, result: dict, name: str, factor: float) -> None:
     for colour, entry in _methods(result):
-        curves = factor * np.array(entry[name])
+        curves = factor * np.array(entry[name], float)  # None becomes NaN
         epochs = np.arange(1, curves.shape[1] + 1)
         mean, std = curves.mean(0), curves.std(0, ddof=1 if len(curves) > 1 else 0)
         axes.plot(epochs, mean, color=colour, label=entry["label"])

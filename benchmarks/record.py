@@ -24,5 +24,5 @@ def save(result: dict, out: pathlib.Path) -> None:
     """Writes a file in one move, so that an interrupt leaves the last whole one."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     part.replace(out)

@@ -22,13 +22,18 @@ from hypothesis import strategies as st
 
 import benchmarks.__main__ as cli
 import weightreg as wr
-from benchmarks import compare, data, models, report, train
+from benchmarks import compare, data, models, record, report, train
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.methods import BASES, METHODS, at_edge, trials
 
+tree_leaves = jax.tree_util.tree_leaves_with_path
 ROOT = pathlib.Path(__file__).parent.parent
 PLOTS = ("accuracy", "energy", "gradients", "strength", "weights")
 COMPARED = ["none", "volumization", "weissi"]
+NETWORK = {
+    "Dense_0": {"kernel": jnp.array([[1.0, 2], [3, 4], [5, 6]]), "bias": jnp.ones(2)},
+    "Dense_1": {"kernel": jnp.array([[2.0, 1], [-1, 3]]), "bias": jnp.ones(2)},
+}
 SMALL = ["--epochs", "2", "--trials", "2", "--seeds", "2", "--tuning-seeds", "1"]
 
 
@@ -150,10 +155,10 @@ def test_final_runs_train_on_noisy_labels_and_are_tested_on_true_ones(
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_hyperparameter_acts_and_only_weights_are_regularized(name, base):
-    space = METHODS[name].whole_space(base, energy=1e3)
+    space = METHODS[name].whole_space(base, NETWORK)
     if fixed := METHODS[name].fixed:
         space = {parameter: (value, 100 * value) for parameter, value in fixed.items()}
-    params = {"kernel": jnp.array([[1.0, 2], [3, 4], [5, 6]]), "bias": jnp.ones(2)}
+    params = NETWORK
     grads = [jax.tree.map(lambda p, c=c: c * p, params) for c in (1.0, -0.5)]
 
     def trained(hyper):
@@ -167,6 +172,7 @@ def test_every_hyperparameter_acts_and_only_weights_are_regularized(name, base):
     middle = {k: float(np.sqrt(low * high)) for k, (low, high) in space.items()}
     for parameter, (_, high) in space.items():
         one, other = trained(middle), trained(middle | {parameter: high})
+        one, other = one["Dense_0"], other["Dense_0"]
         assert not jnp.allclose(one["kernel"], other["kernel"], rtol=1e-6)
         unchanged = bool(jnp.all(one["bias"] == other["bias"]))
         assert unchanged == (parameter != "learning_rate")
@@ -174,7 +180,7 @@ def test_every_hyperparameter_acts_and_only_weights_are_regularized(name, base):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_trials_fill_the_space_of_every_method_alike(name):
-    space = METHODS[name].whole_space("adam", energy=1e3)
+    space = METHODS[name].whole_space("adam", NETWORK)
     tried = trials(space, 64)
     assert len(tried) == 64 and tried == trials(space, 64)
     for parameter, (low, high) in space.items():
@@ -198,9 +204,52 @@ def test_ranges_of_energy_go_by_the_size_of_the_product(digits, monkeypatch):
     squares = [float(jnp.sum(p**2)) for p in jax.tree.leaves(params) if p.ndim > 1]
     assert 0 in squares  # Fixup begins with zeros, which must not count
     energy = math.prod(square for square in squares if square)
-    got = METHODS["weissi"].whole_space("adam", compare._energy(images, config))
+    got = compare._space(METHODS["weissi"], images, config)
     want = np.array(METHODS["weissi"].space["energy"]) / energy
     np.testing.assert_allclose(got["energy"], want, rtol=1e-4)
+
+
+def test_an_energy_that_no_strength_outweighs_is_refused():
+    deep = {f"Dense_{i}": jnp.full((4, 4), 1e3) for i in range(100)}
+    with pytest.raises(ValueError, match="compare weissi_log"):
+        METHODS["weissi"].whole_space("adam", deep)
+
+
+def test_the_cnn_form_and_the_output_layer_of_parseval(digits):
+    """What the papers do otherwise in convolutions and in the last layer."""
+    model = models.make("cnn8", 10)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    hyper = {"learning_rate": 1.0, "energy": 1e-3, "complexity": 0.0, "beta": 0.1}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def change(name):
+        tx = METHODS[name].build(hyper, "momentum")
+        return tx.update(zeros, tx.init(params), params)[0]
+
+    penalty = wr.weissi(1e-3, 0.0, exponents=wr.cnn_exponents)
+    expected = jax.tree.map(jnp.negative, jax.grad(penalty)(params))
+    chex.assert_trees_all_close(change("weissi_cnn"), expected, rtol=1e-6)
+    *convolutions, last = (layer.path for layer in wr.weight_layers(params))
+    step = {jax.tree_util.keystr(k): v for k, v in tree_leaves(change("parseval"))}
+    own = {jax.tree_util.keystr(k): v for k, v in tree_leaves(params)}
+    np.testing.assert_allclose(step[last], -2e-4 * own[last], rtol=1e-6)
+    assert "Dense" in last and len(convolutions) == 2
+    for path in convolutions:
+        w = np.asarray(own[path], np.float64).reshape(-1, own[path].shape[-1])
+        want = 0.1 * (w - w @ w.T @ w)
+        np.testing.assert_allclose(step[path].reshape(w.shape), want, atol=1e-5)
+
+
+def test_what_has_diverged_is_recorded(tmp_path):
+    counts, edges = compare._histogram([1.0, np.nan, 2.0, np.inf])
+    assert sum(counts) == 2 and edges[0] == 1 and edges[-1] == 2
+    counts, _ = compare._histogram([np.nan])
+    assert sum(counts) == 0
+    curves = compare._rounded(np.array([[1.0, np.nan], [-np.inf, 2.0]]))
+    assert curves == [[1.0, None], [None, 2.0]]
+    record.save({"curves": curves}, tmp_path / "out.json")
+    with pytest.raises(ValueError):
+        record.save({"curves": [np.nan]}, tmp_path / "out.json")
 
 
 def population(mapping, seeds, hyper, data, method="volumization", **kwargs):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers as Dims
 
+import weightreg as wr
 from weightreg._scale_shift import balance_scales, minimum_weight_decay, shift_scales
 from weightreg._weights import weight_layers
 
@@ -199,6 +200,28 @@ def test_layers_are_ordered_as_people_number_them():
     shifted = shift_scales(params, 2.0 ** powers[::-1], backwards)
     assert shifted["Dense_11"]["bias"] == 2.0 ** powers[-1]
     assert shifted["Dense_2"]["bias"] == 2.0 ** powers[2:].sum()
+
+
+def test_an_order_by_names_that_does_not_fit_is_refused():
+    """Else biases of hidden, input, output would be scaled as if called so."""
+    layer = lambda i, o: {"kernel": jnp.ones((i, o)), "bias": jnp.ones(o)}  # noqa: E731
+    params = {"input": layer(3, 8), "hidden": layer(8, 5), "output": layer(5, 2)}
+    with pytest.raises(ValueError, match=r"layers must say .*\['input'\]\['kernel'\]"):
+        wr.balance_scales(params)
+    order = ["input", "hidden", "output"]
+    before, after = params, wr.balance_scales(params, order)
+    x = np.ones((1, 3))
+    for name in order:
+        x = x @ np.asarray(before[name]["kernel"]) + np.asarray(before[name]["bias"])
+    y = np.ones((1, 3))
+    for name in order:
+        y = y @ np.asarray(after[name]["kernel"]) + np.asarray(after[name]["bias"])
+    np.testing.assert_allclose(x, y, rtol=1e-5)
+    without = {name: {"kernel": leaf["kernel"]} for name, leaf in params.items()}
+    wr.balance_scales(without)  # without biases the order does not matter
+    with pytest.raises(ValueError, match="layers must say"):
+        wr.input_gradient_bound(without)
+    assert wr.input_gradient_bound(without, order).shape == (2,)
 
 
 def test_every_way_to_name_layers():

@@ -53,15 +53,19 @@ class Weights(NamedTuple):
     """The weights of a tree, in the order of `weight_layers`, and their exponents."""
 
     layers: tuple[WeightLayer, ...]
-    arrays: list[jax.Array]
-    powers: list[Any]
+    leaves: list[Any]
+    powers: list[jax.Array]
 
     @classmethod
     def of(cls, params: Any, exponents: Any, mask: Mask, dims: Dims) -> "Weights":
         layers = weight_layers(params, mask=mask, dims=dims)
         leaves = jax.tree.leaves(params)
-        arrays = [jnp.asarray(leaves[layer.index]) for layer in layers]
-        return cls(layers, arrays, _powers(exponents, params, layers, mask, dims))
+        powers = _powers(exponents, params, layers, mask, dims)
+        return cls(layers, [leaves[layer.index] for layer in layers], powers)
+
+    def arrays(self) -> list[jax.Array]:
+        """The weights as arrays, which shapes alone, in ``init``, are not."""
+        return [jnp.asarray(leaf) for leaf in self.leaves]
 
     def indices(self) -> list[int]:
         """Positions in ``jax.tree.leaves(params)``."""
@@ -79,9 +83,9 @@ class Weights(NamedTuple):
         leaves = jax.tree.structure(params).flatten_up_to(tree)
         return [leaves[index] for index in self.indices()]
 
-    def axes(self) -> list[Axes]:
+    def axes(self) -> tuple[Axes, ...]:
         """The roles of their axes."""
-        return [Axes.of(layer) for layer in self.layers]
+        return tuple(Axes.of(layer) for layer in self.layers)
 
 
 def _powers(

@@ -129,8 +129,9 @@ def input_gradient_bound(
     Args:
       params: Any tree of parameters.
       layers: The layers in order, as in `shift_scales`. Only which is the last one
-        matters. With ``None`` it is the last of `weight_layers`, and an error if
-        anything but weights and their biases is there.
+        matters. With ``None`` it is the last of `weight_layers`, by names: ``down``
+        comes before ``up``. It is an error if anything but weights and their biases is
+        there, or layers in that order do not fit together.
       norm: ``"frobenius"``, or ``"spectral"``, which is never larger but takes a
         singular value decomposition of every layer's kernel matrix.
       mask: Which leaves are weights, as in `weight_mask`.
@@ -161,7 +162,7 @@ def input_gradient_bound(
     """
     if not isinstance(norm, str) or norm not in _BOUNDS:
         raise ValueError(f"norm must be one of {_BOUNDS}, not {norm!r}.")
-    chain = chain_of(params, layers, mask, dims)
+    chain = chain_of(params, layers, mask, dims, ordered=True)
     if not chain.layers:
         raise ValueError("params must have one weight at least, but has none.")
     norms = chain_norms(params, chain.layers, parse_norm("norm", norm))

@@ -4,6 +4,7 @@ No tree says in which order a network calls its layers. Where that matters, user
 the layers, and only this file reads the names.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -41,7 +42,9 @@ class Chain(NamedTuple):
     dtype: jnp.dtype
 
 
-def chain_of(params: Any, layers: LayerOrder, mask: Mask, dims: Dims) -> Chain:
+def chain_of(
+    params: Any, layers: LayerOrder, mask: Mask, dims: Dims, *, ordered: bool = False
+) -> Chain:
     """Finds the layers that a user names, and their biases.
 
     Args:
@@ -53,6 +56,7 @@ def chain_of(params: Any, layers: LayerOrder, mask: Mask, dims: Dims) -> Chain:
       mask: As in `weight_mask`.
       dims: As in `weight_layers`. A `WeightLayer` brings its own axes where neither is
         given, and else has to agree with them.
+      ordered: Whether the order matters even without biases.
 
     Returns:
       The chain. A layer's bias is the floating leaf called ``bias`` beside it.
@@ -61,7 +65,8 @@ def chain_of(params: Any, layers: LayerOrder, mask: Mask, dims: Dims) -> Chain:
       ValueError: A name stands for none or several of the weights; a layer is named
         twice, or does not belong to ``params``; stack axes are not the leading ones; a
         bias has not the shape that ``dims`` gives its layer's units, or might be that
-        of two weights; or ``layers`` is ``None`` and there are further floating leaves.
+        of two weights; or ``layers`` is ``None`` and there are further floating leaves,
+        or the order matters and layers in the order of the tree do not fit together.
       TypeError: ``layers`` is no sequence of layers and strings.
     """
     paths = jax.tree_util.tree_leaves_with_path(params)
@@ -71,6 +76,8 @@ def chain_of(params: Any, layers: LayerOrder, mask: Mask, dims: Dims) -> Chain:
     for layer in chosen:
         _check_stack(layer)
     biases = _biases(chosen, weights, paths)
+    if layers is None and (ordered or any(i is not None for i in biases)):
+        _check_order(chosen)
     used = [layer.index for layer in chosen] + [i for i in biases if i is not None]
     if layers is None:
         _check_complete(paths, used)
@@ -188,6 +195,20 @@ def _check_belongs(
             f"{where} is not a weight of these parameters"
             f"{' with this mask and dims' if strict else ''}: {layer}."
         )
+
+
+def _check_order(layers: tuple[WeightLayer, ...]) -> None:
+    """Refuses an order in which the units of a layer are not the inputs of the next."""
+    for layer, following in itertools.pairwise(layers):
+        units = math.prod(layer.shape[a] for a in layer.output_axes)
+        inputs = following.fan_in // following.window
+        # More for an image that was flattened, less for groups of a convolution.
+        if units and inputs and inputs % units and units % inputs:
+            raise ValueError(
+                "layers must say in which order the network calls its layers: by "
+                f"their names {following.path}, of shape {following.shape}, would "
+                f"follow {layer.path}, of shape {layer.shape}, which does not fit."
+            )
 
 
 def _check_stack(layer: WeightLayer) -> None:

@@ -58,7 +58,8 @@ def parse_norm(argument: str, norm: Any) -> Norm:
     if isinstance(norm, str) and norm in _NAMED:
         return _NAMED[norm]
     if isinstance(norm, tuple | list) and len(norm) == 2:
-        numbers = all(isinstance(x, int | float | np.number) for x in norm)
+        kinds = int | float | np.number
+        numbers = all(isinstance(x, kinds) and not isinstance(x, bool) for x in norm)
         if numbers and all(x >= 1 for x in norm):  # below 1 it is no norm
             return float(norm[0]), float(norm[1])
     raise ValueError(
@@ -103,9 +104,8 @@ def measure(weight: jax.Array, norm: Norm, axes: Axes) -> tuple[Scaled, jax.Arra
     # may be nothing, but not its gradient.
     scaled, exponents = _normalize(weight, axes.inputs)
     units, within = _entrywise(scaled, p, axes.inputs)
-    low = -(2**20)  # a unit of zeros has no say, whatever its exponent is
-    exponents = jnp.where(units == 0, low, exponents)
-    exponent = jnp.max(exponents, axes.outputs, keepdims=True, initial=low)
+    least = -(2**20)  # of no units; that of a unit of zeros is less than any other
+    exponent = jnp.max(exponents, axes.outputs, keepdims=True, initial=least)
     size, across = _entrywise(times_power(units, exponents - exponent), q, axes.outputs)
     return Scaled(size, exponent), within * across
 

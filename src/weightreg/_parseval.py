@@ -186,11 +186,15 @@ def initial_logits(initial: Any, dtype: DTypeLike) -> jax.Array:
     """The logits of mean 0 at which `convex_sum` gives ``h`` the weight ``initial``."""
     if not is_real(initial) or np.shape(initial) != ():
         raise TypeError(f"initial must be a number, not {initial!r}.")
-    if not isinstance(initial, Tracer) and not 0 < initial < 1:
+    if isinstance(initial, Tracer):
+        wide = jnp.asarray(initial, compute_dtype(dtype))
+        half = 0.5 * (jnp.log(wide) - jnp.log1p(-wide))
+    elif 0 < initial < 1:
+        wide = np.float64(initial)  # float32 would take 1 - 1e-9 for 1
+        half = 0.5 * (np.log(wide) - np.log1p(-wide))
+    else:
         raise ValueError(f"initial must be between 0 and 1, but is {initial}.")
-    wide = jnp.asarray(initial, compute_dtype(dtype))
-    log_a, log_b = jnp.log(wide), jnp.log(1 - wide)
-    return (0.5 * jnp.stack([log_a - log_b, log_b - log_a])).astype(dtype)
+    return jnp.asarray(jnp.stack([half, -half]), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))  # traced once for all of one shape

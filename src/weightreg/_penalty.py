@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from weightreg._exponents import Weights
 from weightreg._norms import (
@@ -25,7 +26,15 @@ from weightreg._norms import (
 )
 from weightreg._numbers import check_scalar
 from weightreg._reach import compute_dtype
-from weightreg._scaled import Scaled, add, halve, or_one, split, times_power
+from weightreg._scaled import (
+    Scaled,
+    add,
+    common_exponent,
+    halve,
+    or_one,
+    scaled,
+    times_power,
+)
 
 _WARM_UP = 30  # power iterations in init, where they cost nothing
 
@@ -38,14 +47,17 @@ class Form(NamedTuple):
     log: bool
     norm: Norm
     complexity_norm: Norm
+    log_of_zero: bool = False  # or leave layers of zeros out
 
     @classmethod
     def parse(cls, energy, complexity, log, norm, complexity_norm) -> "Form":
         """Checks what a user has given; strengths known to be 0 cost nothing."""
+        if not isinstance(log, bool):
+            raise TypeError(f"log must be a boolean, not {log!r}.")
         return cls(
             _is_wanted("energy", energy),
             _is_wanted("complexity", complexity),
-            bool(log),
+            log,
             parse_norm("norm", norm),
             parse_norm("complexity_norm", complexity_norm),
         )
@@ -57,9 +69,14 @@ class Form(NamedTuple):
 class Hyper(NamedTuple):
     """Strengths, and the exponent of every weight; scalars that may be traced."""
 
-    energy: Any
-    complexity: Any
+    energy: Scaled
+    complexity: Scaled
     powers: list[jax.Array]
+
+    @classmethod
+    def of(cls, energy: Any, complexity: Any, weights: Weights) -> "Hyper":
+        dtype = compute_dtype(*(jnp.result_type(leaf) for leaf in weights.leaves))
+        return cls(scaled(energy, dtype), scaled(complexity, dtype), weights.powers)
 
 
 class Size(NamedTuple):
@@ -88,26 +105,30 @@ class _Layers(NamedTuple):
         eta = jax.tree.map(join, *(s.eta for s in sizes))
         return cls(join(*spread), eta, jax.tree.map(join, *(s.g for s in sizes)))
 
-    def product(self, strength: Scaled) -> Scaled:
+    def energy(self, strength: Scaled) -> Scaled:
         """``lambda_e`` times the product of powers of norms."""
-        parts = zip(self.sum_of_logs(), _log2(strength), strict=True)
-        fraction, exponent = (a + b for a, b in parts)
-        whole = lax.stop_gradient(jnp.floor(exponent))
-        rest = fraction + (exponent - whole)
-        carry = lax.stop_gradient(jnp.round(rest))
-        zero = self.any_zero() | (strength.fraction == 0)
+        fraction, exponent = self.sum_of_logs()
+        carry = lax.stop_gradient(jnp.round(fraction))
+        product = jnp.exp2(fraction - carry)
         # What this limit is multiplied by is out of range, and int32 is not yet.
-        exponent = jnp.clip(whole + carry, -(2**20), 2**20).astype(jnp.int32)
-        return Scaled(jnp.where(zero, 0, jnp.exp2(rest - carry)), exponent)
+        exponent = jnp.clip(exponent + carry, -(2**20), 2**20).astype(jnp.int32)
+        product = jnp.where(self.any_zero(), 0 * product, product)  # but NaN for NaN
+        return Scaled(strength.fraction * product, strength.exponent + exponent)
 
     def sum_of_logs(self) -> tuple[jax.Array, jax.Array]:
         """``sum_l n_l log2(eta_l)`` without layers of zeros: two numbers to be added.
 
-        Exponents are integers, whose sum is exact, and the rest of a logarithm is
+        The second is a sum of integers, hence exact, and what is left for the first is
         small: in one float32, the sum over a thousand layers would lose four digits.
         """
-        fraction, exponent = (jnp.sum(self.powers * part) for part in _log2(self.eta))
-        return fraction, exponent
+        rest, whole = _log2(self.eta)
+        # Few digits of a power times an integer are exact.
+        digits = jnp.finfo(whole.dtype).nmant // 2
+        coarse = lax.stop_gradient(_coarse(self.powers, digits))
+        exponents = jnp.round(coarse * whole)
+        rest = self.powers * rest + (self.powers - coarse) * whole
+        rest += coarse * whole - exponents
+        return jnp.sum(rest), jnp.sum(lax.stop_gradient(exponents))
 
     def any_zero(self) -> jax.Array:
         """Whether the product is 0."""
@@ -119,58 +140,73 @@ class _Layers(NamedTuple):
         return times_power(fraction, self.g.exponent - self.eta.exponent)
 
 
-def penalty_value(form: Form, energy: Any, complexity: Any, weights: Weights):
-    """The value, to be differentiated by the weights as `penalty_gradients` says.
+def penalty_value(
+    form: Form, energy: Any, complexity: Any, weights: Weights
+) -> jax.Array:
+    """The penalty, with its derivatives in closed form."""
+    hyper = Hyper.of(energy, complexity, weights)
+    return _value(form, weights.axes(), hyper, weights.arrays())
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _value(
+    form: Form, axes: tuple[Axes, ...], hyper: Hyper, arrays: list[jax.Array]
+) -> jax.Array:
+    return _total(form, hyper, measure_all(form, axes, arrays))
+
+
+def _value_jvp(form, axes, primals, tangents):
+    """By the weights as `penalty_gradients` says; by the rest, as the sums say.
 
     The chain rule would pass through the energy, which may be out of range where the
     gradient is not.
     """
-    hyper = Hyper(energy, complexity, weights.powers)
-    sizes = measure_all(form, weights)
-    value = _total(form, hyper, lax.stop_gradient(sizes))
-    return value + _zero(penalty_gradients(form, hyper, sizes), weights.arrays)
-
-
-@jax.custom_jvp
-def _zero(gradients: list[jax.Array], weights: list[jax.Array]) -> jax.Array:
-    """0, whose derivative by ``weights`` is ``gradients``."""
-    del gradients
-    return jnp.zeros([], _dtype(weights))
-
-
-@_zero.defjvp
-def _zero_jvp(primals, tangents):
-    gradients, weights = primals
-    zero = _zero(gradients, weights)
+    hyper, arrays = primals
+    sizes = measure_all(form, axes, arrays)
+    value = _total(form, hyper, sizes)
     terms = [
-        jnp.sum(g * dw.astype(g.dtype)).astype(zero.dtype)
-        for g, dw in zip(gradients, tangents[1], strict=True)
+        jnp.sum(gradient * dot.astype(gradient.dtype)).astype(value.dtype)
+        for gradient, dot in zip(
+            penalty_gradients(form, hyper, sizes), tangents[1], strict=True
+        )
+        if not isinstance(dot, SymbolicZero)
     ]
-    return zero, sum(terms, jnp.zeros_like(zero))
+    if not all(isinstance(dot, SymbolicZero) for dot in jax.tree.leaves(tangents[0])):
+        dots = jax.tree.map(_instantiate, hyper, tangents[0])
+        total = lambda hyper: _total(form, hyper, sizes)  # noqa: E731
+        terms.append(jax.jvp(total, (hyper,), (dots,))[1])
+    return value, sum(terms, jnp.zeros_like(value))
 
 
-def _dtype(arrays: list[jax.Array]) -> jnp.dtype:
-    return compute_dtype(*(a.dtype for a in arrays))
+_value.defjvp(_value_jvp, symbolic_zeros=True)
+
+
+def _instantiate(primal: jax.Array, dot: Any) -> Any:
+    if not isinstance(dot, SymbolicZero):
+        return dot
+    if jnp.issubdtype(primal.dtype, jnp.integer):
+        return np.zeros(primal.shape, jax.dtypes.float0)
+    return jnp.zeros_like(primal)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _total(form: Form, hyper: Hyper, sizes: list[Size]) -> jax.Array:
     """The penalty itself."""
     if not sizes:  # an empty product is 1
-        empty = jnp.ones([]) if form.energy and not form.log else jnp.zeros([])
-        return empty * jnp.asarray(hyper.energy, jnp.float32)
+        empty = form.energy and not form.log
+        return hyper.energy.value() * float(empty)
     layers = _Layers.of(hyper.powers, sizes)
-    dtype = layers.eta.fraction.dtype
-    energy, complexity = (split(x, dtype) for x in hyper[:2])
-    total = jnp.zeros([], dtype)
+    total = jnp.zeros([], layers.eta.fraction.dtype)
     if form.energy and form.log:
         log = math.log(2) * sum(layers.sum_of_logs())
-        total += Scaled(energy.fraction * log, energy.exponent).value()
+        total += Scaled(hyper.energy.fraction * log, hyper.energy.exponent).value()
+        if form.log_of_zero:
+            total += jnp.where(layers.any_zero(), -jnp.inf, 0)
     elif form.energy:
-        total += layers.product(energy).value()
+        total += layers.energy(hyper.energy).value()
     if form.complexity:
-        ratios = jnp.sum(layers.ratio())
-        total += Scaled(complexity.fraction * ratios, complexity.exponent).value()
+        ratios = hyper.complexity.fraction * jnp.sum(layers.ratio())
+        total += Scaled(ratios, hyper.complexity.exponent).value()
     return total
 
 
@@ -187,21 +223,27 @@ def penalty_gradients(form: Form, hyper: Hyper, sizes: list[Size]) -> list[jax.A
     if not sizes:
         return []
     layers = _Layers.of(hyper.powers, sizes)
-    eta, dtype = layers.eta, layers.eta.fraction.dtype
-    energy, complexity = (split(x, dtype) for x in hyper[:2])
+    eta, energy, complexity = layers.eta, hyper.energy, hyper.complexity
     if form.energy and not form.log:
-        energy = layers.product(energy)
+        energy = layers.energy(energy)
     shift = energy.exponent - eta.exponent, complexity.exponent - eta.exponent
-    by_energy = Scaled(layers.powers * energy.fraction * form.energy, shift[0])
-    by_ratio = Scaled(-layers.ratio() * complexity.fraction * form.complexity, shift[1])
+    by_energy = Scaled(layers.powers * energy.fraction * float(form.energy), shift[0])
+    by_ratio = Scaled(
+        -layers.ratio() * complexity.fraction * float(form.complexity), shift[1]
+    )
     total = add(by_energy, by_ratio)
-    exponent = jnp.maximum(total.exponent, shift[1])
-    by_g = Scaled(complexity.fraction, shift[1]).at(exponent)
-    half, rest = halve(exponent, dtype)
+    by_g = Scaled(complexity.fraction, shift[1])
+    exponent = common_exponent(total, by_g)
+    half, rest = halve(exponent, eta.fraction.dtype)
     # XLA would compute these numbers anew in the loop over every weight, on CPU, if
     # they did not end in divisions, which it takes for too expensive.
     divisor = or_one(eta.fraction)
-    numbers = total.at(exponent) / divisor, by_g / divisor, 1 / half, 1 / rest
+    numbers = (
+        total.at(exponent) / divisor,
+        by_g.at(exponent) / divisor,
+        1 / half,
+        1 / rest,
+    )
     factors = jnp.stack(numbers)
     ends = np.cumsum([s.eta.fraction.size for s in sizes])[:-1].tolist()
     rows = jnp.split(factors, ends, axis=1)
@@ -217,9 +259,9 @@ def _gradient(form: Form, factors: jax.Array, size: Size) -> jax.Array:
     return gradient * powers[0] * powers[1]
 
 
-def any_zero(hyper: Hyper, sizes: list[Size]) -> jax.Array:
-    """Whether the energy is 0."""
-    return _Layers.of(hyper.powers, sizes).any_zero() if sizes else jnp.array(False)
+def _coarse(x: jax.Array, digits: int) -> jax.Array:
+    """A number rounded to some binary digits."""
+    return lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, digits)
 
 
 def _log2(x: Scaled) -> tuple[jax.Array, jax.Array]:
@@ -227,12 +269,15 @@ def _log2(x: Scaled) -> tuple[jax.Array, jax.Array]:
     fraction = or_one(x.fraction)
     whole = lax.stop_gradient(jnp.round(jnp.log2(fraction)))
     rest = jnp.log2(times_power(fraction, -whole.astype(jnp.int32)))
-    return rest, jnp.where(x.fraction == 0, 0, whole + x.exponent)
+    exponent = x.exponent.astype(whole.dtype)
+    return rest, jnp.where(x.fraction == 0, 0, whole + exponent)
 
 
-def measure_all(form: Form, weights: Weights) -> list[Size]:
-    pairs = zip(weights.arrays, weights.axes(), strict=True)
-    return [_measure_one(form, axes, array) for array, axes in pairs]
+def measure_all(
+    form: Form, axes: tuple[Axes, ...], arrays: list[jax.Array]
+) -> list[Size]:
+    """The norms of all weights, and their gradients."""
+    return [_measure_one(form, a, x) for a, x in zip(axes, arrays, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -260,7 +305,7 @@ def _iterate_one(
 def iterate_all(
     form: Form, weights: Weights, vectors: list[jax.Array], iterations: int
 ) -> tuple[list[Size], list[jax.Array]]:
-    rows = zip(weights.arrays, weights.axes(), vectors, strict=True)
+    rows = zip(weights.arrays(), weights.axes(), vectors, strict=True)
     sizes = [_iterate_one(form, axes, iterations, a, v) for a, axes, v in rows]
     return [size for size, _ in sizes], [vector for _, vector in sizes]
 
@@ -268,7 +313,7 @@ def iterate_all(
 def start_vectors(form: Form, weights: Weights) -> list[jax.Array]:
     """Singular vectors of the weights as they are in the beginning."""
     key = jax.random.key(0)
-    pairs = list(zip(weights.arrays, weights.axes(), strict=True))
+    pairs = zip(weights.arrays(), weights.axes(), strict=True)
     vectors = [
         start_vector(array, axes, jax.random.fold_in(key, i))
         for i, (array, axes) in enumerate(pairs)

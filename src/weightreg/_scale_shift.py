@@ -60,7 +60,9 @@ def shift_scales(
       layers: The layers in the order in which the network calls them: `WeightLayer`
         objects, or strings for the path of a weight (``"['Dense_0']['kernel']"`` or
         ``"Dense_0/kernel"``) or of its module (``"Dense_0"``). ``None`` means all
-        weights in the order of `weight_layers`, and then nothing else may be there.
+        weights in the order of `weight_layers`, which goes by names (``Dense_2``,
+        ``Dense_10``, but also ``hidden``, ``input``, ``output``), and then nothing else
+        may be there.
         Leaves that are not named, nor are the ``bias`` beside a weight that is, stay
         as they are: what is named must be a stretch of the chain without gaps.
       mask: Which leaves are weights, as in `weight_mask`.
@@ -78,7 +80,8 @@ def shift_scales(
         their logarithms, to float32; a name in ``layers`` stands for none or several
         of the weights, or a layer is there twice; stack axes are not the leading ones;
         a bias does not have its layer's units; or ``layers`` is ``None`` and some
-        floating leaf is neither a weight nor a ``bias`` beside one.
+        floating leaf is neither a weight nor a ``bias`` beside one, or there are biases
+        and the layers do not fit together in the order of their names.
       TypeError: ``factors`` or ``layers`` are of another type.
 
     References:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -30,28 +31,38 @@ class Scaled(NamedTuple):
         return times_power(self.fraction, self.exponent - exponent)
 
 
+def common_exponent(x: Scaled, y: Scaled) -> jax.Array:
+    """The larger exponent; but next to another number a 0 has no say in it."""
+    low, no_x, no_y = -(2**24), x.fraction == 0, y.fraction == 0
+    return jnp.maximum(
+        jnp.where(no_x & ~no_y, low, x.exponent),
+        jnp.where(no_y & ~no_x, low, y.exponent),
+    )
+
+
 def add(x: Scaled, y: Scaled) -> Scaled:
     """The sum of two numbers."""
-    # A 0 has no say in it, whatever its exponent is.
-    low = -(2**24)
-    exponent = jnp.maximum(
-        jnp.where(x.fraction == 0, low, x.exponent),
-        jnp.where(y.fraction == 0, low, y.exponent),
-    )
+    exponent = common_exponent(x, y)
     return Scaled(x.at(exponent) + y.at(exponent), exponent)
 
 
 def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """``x * 2**exponent``, rounded only where it leaves the range of the dtype."""
-    half, rest = halve(-exponent, x.dtype)
-    return x * half * rest
+    # Three factors, for from the least number to the largest two do not suffice.
+    limit = jnp.finfo(x.dtype).maxexp - 2
+    exponent = jnp.clip(exponent, -3 * limit, 3 * limit)
+    third = exponent // 3
+    half = (exponent - third) // 2
+    parts = third, half, exponent - third - half
+    first, second, last = (power_of_two(part, x.dtype) for part in parts)
+    return x * first * second * last
 
 
 def halve(exponent: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """``2**-exponent`` as two factors.
+    """``2**-exponent`` as two factors, for what is multiplied by numbers of size one.
 
     One may be out of range where a product with it is not, but two are enough: beyond
-    them every number but 0 has become infinite, or 0.
+    them every such number but 0 has become infinite, or 0.
     """
     limit = jnp.finfo(dtype).maxexp - 2
     exponent = jnp.clip(-exponent, -2 * limit, 2 * limit)
@@ -87,8 +98,18 @@ def split(x: jax.typing.ArrayLike, dtype: Any) -> Scaled:
         subnormal = (bits > 0) & (bits < 2**23)
         x = jnp.where(subnormal, bits.astype(x.dtype), x)
         offset = jnp.where(subnormal, -149, 0)
-    exponent = exponent_of(x)
+    exponent = jnp.where(x == 0, 0, exponent_of(x))  # else 0 would lose its derivative
     return Scaled(times_power(x, -exponent), exponent + offset)
+
+
+def scaled(x: jax.typing.ArrayLike, dtype: Any) -> Scaled:
+    """A number of at least 0, which may be out of the range of the dtype."""
+    if isinstance(x, jax.Array):  # traced ones too
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        parts = split(wide, wide.dtype)
+        return Scaled(parts.fraction.astype(dtype), parts.exponent)
+    fraction, exponent = np.frexp(np.asarray(x, np.float64))
+    return Scaled(jnp.asarray(fraction, dtype), jnp.asarray(exponent, jnp.int32))
 
 
 def normalize(x: Scaled) -> Scaled:

@@ -254,9 +254,9 @@ def _layer(
 ) -> WeightLayer:
     if dims is None and len(shape) < 2:
         raise ValueError(
-            f"{show_path(path)} has shape {shape}: a rule that depends on fans needs "
-            "two or more axes. Leave the leaf out with mask=, or give the volume of "
-            "this leaf as a number."
+            f"{show_path(path)} has shape {shape}: a weight has two or more axes, for "
+            "inputs and units. Leave the leaf out with mask=. (volumize does with any "
+            "leaf whose volume is a number.)"
         )
     if dims is None:
         inputs, outputs = tuple(range(len(shape) - 1)), (len(shape) - 1,)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
 
 from weightreg._exponents import Weights
@@ -14,7 +15,6 @@ from weightreg._numbers import Number, at, check_count
 from weightreg._penalty import (
     Form,
     Hyper,
-    any_zero,
     iterate_all,
     measure_all,
     penalty_gradients,
@@ -211,7 +211,13 @@ def add_weissi(
              [-0.4]], dtype=float32)
     """
     form = Form.parse(energy, complexity, log, norm, complexity_norm)
-    if iterations is not None:
+    if isinstance(iterations, Tracer):
+        if form.is_spectral():
+            raise TypeError(
+                "iterations must be known before tracing. Under "
+                "optax.inject_hyperparams pass static_args='iterations'."
+            )
+    elif iterations is not None:
         iterations = check_count("iterations", iterations, 1)
 
     def init_fn(params):
@@ -234,11 +240,11 @@ def add_weissi(
             sizes, found = iterate_all(form, weights, found, iterations)
             vectors = weights.tree(params, found)
         else:
-            sizes = measure_all(form, weights)
-        hyper = Hyper(
+            sizes = measure_all(form, weights.axes(), weights.arrays())
+        hyper = Hyper.of(
             at("energy", energy, state.count, ()),
             at("complexity", complexity, state.count, ()),
-            weights.powers,
+            weights,
         )
         gradients = penalty_gradients(form, hyper, sizes)
         for layer, gradient in zip(weights.layers, gradients, strict=True):
@@ -320,12 +326,8 @@ def log_weight_energy(
       >>> print(f"{wr.log_weight_energy(deep) / jnp.log(10):.3f}")  # of 1e4^100
       400.000
     """
-    form = Form.parse(1.0, 0.0, True, norm, "l1")
-    weights = Weights.of(params, exponents, mask, dims)
-    total = penalty_value(form, 1.0, 0.0, weights)
-    sizes = measure_all(form, weights)
-    zero = any_zero(Hyper(1.0, 0.0, weights.powers), sizes)
-    return total + jnp.where(zero, -jnp.inf, 0)  # with the gradient of the others
+    form = Form.parse(1.0, 0.0, True, norm, "l1")._replace(log_of_zero=True)
+    return penalty_value(form, 1.0, 0.0, Weights.of(params, exponents, mask, dims))
 
 
 def layer_complexity(
