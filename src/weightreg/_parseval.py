@@ -194,7 +194,7 @@ def initial_logits(initial: Any, dtype: DTypeLike) -> jax.Array:
         half = 0.5 * (np.log(wide) - np.log1p(-wide))
     else:
         raise ValueError(f"initial must be between 0 and 1, but is {initial}.")
-    return jnp.asarray(jnp.stack([half, -half]), dtype)
+    return jnp.asarray(jnp.stack([half, 0 - half]), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))  # traced once for all of one shape
