@@ -15,21 +15,28 @@ TRANSFORMATION = re.compile(r"^tx = .*$", re.MULTILINE)
 
 def names():
     """What the lines take for given."""
-    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    dense = lambda n: {"kernel": jnp.ones((n, 2)), "bias": jnp.ones(2)}  # noqa: E731
+    params = {"Dense_0": dense(3), "Dense_1": dense(2)}
+
+    def model(x):
+        for layer in params.values():
+            x = x @ layer["kernel"] + layer["bias"]
+        return x
+
     return {
         "params": params,
-        "loss": lambda x, y: jnp.sum(((x @ params["kernel"]).T - y) ** 2, 0),
+        "loss": lambda x, y: jnp.sum((model(x).T - y) ** 2, 0),
         "x": jnp.full((4, 3), 0.5),
         "y": jnp.zeros(4),
         "key": jax.random.key(0),
-        "model": lambda x: x @ params["kernel"],
+        "model": model,
     }
 
 
 def test_the_other_lines_run():
     given = names()
     exec(USE, given)
-    assert [layer.fan_in for layer in given["layers"]] == [3]
+    assert [layer.fan_in for layer in given["layers"]] == [3, 2]
     assert given["x_adv"].shape == given["x"].shape
     assert jnp.isfinite(given["penalty"]) and given["norms"].shape == (4, 2)
 
@@ -41,4 +48,6 @@ def test_every_transformation_steps(line):
     params, tx = given["params"], given["tx"]
     updates, _ = tx.update(params, tx.init(params), params)
     new = optax.apply_updates(params, updates)
-    assert jnp.all(jnp.isfinite(new["kernel"])) and jnp.any(new["kernel"] != 1)
+    for layer in new.values():
+        kernel = layer["kernel"]
+        assert jnp.all(jnp.isfinite(kernel)) and jnp.any(kernel != 1)
