@@ -481,7 +481,7 @@ def _count(name: str, value: Any, least: int) -> int | jax.Array:
     if isinstance(value, Tracer):
         if value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
             return value
-        raise TypeError(f"{name}: expected an integer, got {value.aval}")
+        raise TypeError(f"{name} must be an integer, not {value.aval}.")
     return check_count(name, value, least)
 
 
