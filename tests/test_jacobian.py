@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 from optax.contrib import MuonDimensionNumbers as Dims
 
-from weightreg._jacobian import input_gradient_bound, input_gradient_norms
+from weightreg import input_gradient_bound, input_gradient_norms
 
 KEY = jax.random.key(0)
 NORMS = ["frobenius", "spectral"]

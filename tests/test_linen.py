@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import weightreg as wr
 import weightreg.linen
 import weightreg.nnx
 from weightreg._parseval import convex_sum
-from weightreg.linen import ConvexSum
+from weightreg.linen import ConvexSum, EquivalentNorm
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -195,3 +196,124 @@ def test_errors():
         ConvexSum("x").init(KEY, H, R)
     with pytest.raises(ValueError, match="Dtype must be inexact"):
         ConvexSum(dtype=jnp.int32).init(KEY, H, R)
+
+
+class WithStatistics(nn.Module):
+    """Convolution, batch statistics, dropout and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(4, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x.reshape(x.shape[0], -1))
+        return nn.Dense(3)(x)
+
+
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 2)), jnp.float32)
+
+
+def without_alpha(params):
+    return {name: leaf for name, leaf in params.items() if name != "log_alpha"}
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_the_network_runs_on_mapped_weights_and_stores_others(learn):
+    enc = wr.equivalent_norm("layer", alpha=2.0, learn=learn)
+    ours, plain = EquivalentNorm(WithStatistics(), enc), WithStatistics()
+    variables = ours.init(KEY, IMAGES)
+    bare = plain.init(KEY, IMAGES)  # as initialized, not as mapped
+    chex.assert_trees_all_equal(without_alpha(variables["params"]), bare["params"])
+    chex.assert_trees_all_equal(variables["batch_stats"], bare["batch_stats"])
+    assert ("log_alpha" in variables["params"]) == learn
+
+    stats = {"batch_stats": variables["batch_stats"]}
+    folded = wr.equivalent_norm("layer", alpha=2.0)(without_alpha(variables["params"]))
+    chex.assert_trees_all_close(ours.fold(variables["params"]), folded, rtol=1e-6)
+    settings = {"mutable": ["batch_stats"], "rngs": {"dropout": KEY}}
+    for train in (False, True):
+        folded = ours.fold(variables["params"])
+        got = ours.apply(variables, IMAGES, train, **settings)
+        want = plain.apply({"params": folded, **stats}, IMAGES, train, **settings)
+        chex.assert_trees_all_equal(got, want)
+        assert list(got[1]) == ["batch_stats"]
+
+
+def test_gradients_flow_through_the_map():
+    enc = wr.equivalent_norm(learn=True)
+    ours = EquivalentNorm(WithStatistics(), enc)
+    variables = ours.init(KEY, IMAGES)
+    stats = {"batch_stats": variables["batch_stats"]}
+
+    def loss(params):
+        return jnp.sum(jnp.sin(ours.apply({"params": params, **stats}, IMAGES)))
+
+    def by_hand(params):
+        alpha = jnp.exp(params["log_alpha"])
+        mapped = wr.equivalent_norm(alpha=alpha)(without_alpha(params))
+        return jnp.sum(
+            jnp.sin(WithStatistics().apply({"params": mapped, **stats}, IMAGES))
+        )
+
+    got, want = (jax.grad(f)(variables["params"]) for f in (loss, by_hand))
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+    assert got["log_alpha"] != 0
+
+
+def test_layers_in_a_network_are_wrapped_one_by_one():
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(EquivalentNorm(nn.Dense(4))(x))
+            x = EquivalentNorm(nn.Dense(5), wr.equivalent_norm(learn=True), name="b")(x)
+            return nn.Dense(2)(x)
+
+    x = IMAGES[:, 0, 0]
+    variables = Outer().init(KEY, x)
+    sizes = {k: v["kernel"].shape for k, v in variables["params"].items()}
+    assert sorted(sizes.values()) == [(2, 4), (4, 5), (5, 2)]
+    assert sum("log_alpha" in v for v in variables["params"].values()) == 1
+    grads = jax.grad(lambda v: jnp.sum(Outer().apply(v, x) ** 2))(variables)
+    chex.assert_tree_all_finite(grads)
+
+
+def test_training_under_jit_and_scan():
+    ours = EquivalentNorm(nn.Dense(2))
+    x = IMAGES[:, 0, 0]
+    params = ours.init(KEY, x)["params"]
+    tx = optax.chain(wr.add_shifted_l2(1e-4, 1e-3), optax.sgd(0.1))
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            loss = lambda p: jnp.mean((ours.apply({"params": p}, x) - 1) ** 2)  # noqa: E731
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, 50)
+
+    (end, _), losses = train(params)
+    assert losses[-1] < 0.5 * losses[0]
+    folded = ours.fold(end)["kernel"]
+    np.testing.assert_allclose(jnp.sum(folded**2), 1.0, rtol=1e-5)
+
+
+def test_scanned_layers_are_mapped_one_by_one():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return jnp.tanh(nn.Dense(4)(x)), None
+
+    stack = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, length=3)()
+    dims = {"Dense_0": {"kernel": Dims(1, 2), "bias": None}}
+    ours = EquivalentNorm(stack, wr.equivalent_norm(dims=dims))
+    x = jnp.ones((2, 4))
+    variables = ours.init(KEY, x, None)
+    folded = ours.fold(variables["params"])["Dense_0"]
+    sums = jnp.sum(folded["kernel"] ** 2, (1, 2))
+    np.testing.assert_allclose(sums, 1.0, rtol=1e-5)
+    h = x
+    for i in range(3):
+        h = jnp.tanh(h @ folded["kernel"][i] + folded["bias"][i])
+    np.testing.assert_allclose(ours.apply(variables, x, None)[0], h, rtol=1e-5)

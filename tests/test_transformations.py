@@ -63,12 +63,16 @@ FACTORIES = {
             wr.add_weissi(1e-4, 1e-4, norm="spectral"), optax.sgd(learning_rate)
         )
     ),
+    "chain(add_shifted_l2, adam)": lambda learning_rate, volume, alpha: optax.chain(
+        wr.add_shifted_l2(1e-4, 1e-3), optax.adam(learning_rate)
+    ),
     "chain(sgd, parseval)": lambda learning_rate, volume, alpha: optax.chain(
         optax.sgd(learning_rate), wr.parseval(1e-6)
     ),
 }
 # Those without a box, and among them those that need whole weights.
-WHOLE = [name for name in FACTORIES if "weissi" in name or "parseval" in name]
+NEIGHBOURS = ("weissi", "shifted", "parseval")
+WHOLE = [name for name in FACTORIES if any(word in name for word in NEIGHBOURS)]
 UNBOXED = ["laprop", *WHOLE]
 # Ours, without the further optimizers to wrap; enough where the base does not matter.
 OURS = [name for name in FACTORIES if not name.startswith("volumized(")]

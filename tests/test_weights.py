@@ -392,3 +392,33 @@ def test_the_mask_serves_optax():
     inside = optax.masked(look, {"a": True, "b": False, "n": False})
     inside.update(params, inside.init(params), params)
     assert seen == [["a.kernel"]]
+
+
+def test_left_out_gives_a_reason_for_every_leaf_that_is_no_weight():
+    params = {
+        "attention": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((2, 3))},
+        "norm": {"scale": jnp.ones(4)},
+        "position": jnp.ones(7),
+        "count": jnp.zeros((2, 2), jnp.int32),
+        "signal": jnp.zeros((2, 2), jnp.complex64),
+        "hole": None,
+    }
+    reasons = wr.left_out(params)
+    assert reasons == {
+        "['attention']['bias']": "called 'bias'",
+        "['count']": "not real and floating, but of dtype int32",
+        "['norm']['scale']": "called 'scale'",
+        "['position']": "of shape (7,), where a weight has two or more axes",
+        "['signal']": "not real and floating, but of dtype complex64",
+    }
+    paths = jax.tree_util.tree_leaves_with_path(wr.weight_mask(params))
+    assert {jax.tree_util.keystr(p) for p, weight in paths if not weight} == {*reasons}
+    dims = {"attention": {"kernel": Dims(0, (1, 2)), "bias": None}, "norm": None}
+    dims |= {"position": None, "count": None, "signal": None}
+    assert set(wr.left_out(params, dims=dims).values()) == {"dims is None"}
+    assert wr.left_out(params, mask=wr.weight_mask) == dict.fromkeys(
+        reasons, "mask is false"
+    )
+    assert wr.left_out({}) == wr.left_out(None) == {}
+    with pytest.raises(TypeError, match="static_args='mask'"):
+        wr.left_out(jnp.array(3))

@@ -1,8 +1,16 @@
 """Weight regularization for JAX that goes past weight decay."""
 
 from weightreg._attacks import fgsm, pgd
+from weightreg._equivalent_norm import equivalent_norm
 from weightreg._exponents import cnn_exponents
-from weightreg._jacobian import input_gradient_bound, input_gradient_norms
+from weightreg._gradient_bounds import gbr_bounds, input_gradient_bound
+from weightreg._jacobian import (
+    gbr,
+    input_gradient_norms,
+    jacobian_norms,
+    label_probability,
+    probabilities,
+)
 from weightreg._losses import generalized_cross_entropy, max_mahalanobis
 from weightreg._optimizers import (
     laprop,
@@ -13,9 +21,10 @@ from weightreg._optimizers import (
 )
 from weightreg._parseval import convex_sum, parseval
 from weightreg._scale_shift import balance_scales, minimum_weight_decay, shift_scales
+from weightreg._shifted_l2 import add_shifted_l2, shifted_l2
 from weightreg._volumes import he_volume, lipschitz_volume
 from weightreg._volumize import volumize, volumized
-from weightreg._weights import weight_layers, weight_mask
+from weightreg._weights import left_out, weight_layers, weight_mask
 from weightreg._weissi import (
     add_weissi,
     layer_complexity,
@@ -25,25 +34,34 @@ from weightreg._weissi import (
 )
 
 __all__ = [
+    "add_shifted_l2",
     "add_weissi",
     "balance_scales",
     "cnn_exponents",
     "convex_sum",
+    "equivalent_norm",
     "fgsm",
+    "gbr",
+    "gbr_bounds",
     "generalized_cross_entropy",
     "he_volume",
     "input_gradient_bound",
     "input_gradient_norms",
+    "jacobian_norms",
+    "label_probability",
     "laprop",
     "layer_complexity",
+    "left_out",
     "lipschitz_volume",
     "log_weight_energy",
     "max_mahalanobis",
     "minimum_weight_decay",
     "parseval",
     "pgd",
+    "probabilities",
     "scale_by_laprop",
     "shift_scales",
+    "shifted_l2",
     "volumize",
     "volumized",
     "volumized_adam",

@@ -1,28 +1,20 @@
-"""Gradients of a network by its input, and what its weights bound them by."""
+"""Sensitivity of a network to its input: gradients, Jacobians, and their mean."""
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from weightreg._layers import (
-    LayerOrder,
-    chain_norms,
-    chain_of,
-    stack_of,
-)
-from weightreg._norms import Axes, norm_of, parse_norm
+from weightreg._norms import Axes, norm_of
 from weightreg._numbers import check_count
 from weightreg._reach import compute_dtype
-from weightreg._scaled import Scaled, cumulative_product
+from weightreg._scaled import Scaled
 from weightreg._trees import show_path
-from weightreg._weights import Dims, Mask, WeightLayer
 
 _FROBENIUS = (2.0, 2.0)
-_BOUNDS = ("frobenius", "spectral")
 
 
 def input_gradient_norms(
@@ -85,100 +77,233 @@ def input_gradient_norms(
     def norms(example: jax.Array, *rest: Any) -> jax.Array:
         jacobian = _jacobian(f, example, rest)
         inputs = tuple(range(jacobian.ndim - example.ndim, jacobian.ndim))
-        size = norm_of(jacobian, _FROBENIUS, Axes(inputs, ()))
-        return jnp.squeeze(size.value(), inputs)
+        return jnp.squeeze(
+            norm_of(jacobian, _FROBENIUS, Axes(inputs, ())).value(), inputs
+        )
 
     return _map(norms, (x, *args), batch_size)
 
 
-def input_gradient_bound(
-    params: Any,
-    layers: LayerOrder = None,
-    *,
-    norm: str = "frobenius",
-    mask: Mask = None,
-    dims: Dims = None,
-) -> jax.Array:
-    r"""What the weights of a network bound its input gradients by.
+class Estimate(NamedTuple):
+    """What random projections say.
+
+    Attributes:
+      mean: An unbiased estimate.
+      standard_error: The estimate's standard deviation, itself estimated.
+    """
+
+    mean: jax.Array
+    standard_error: jax.Array
+
+
+@overload
+def jacobian_norms(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: None = None,
+    key: None = None,
+    batch_size: int | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def jacobian_norms(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: int,
+    key: jax.Array,
+    batch_size: int | None = None,
+) -> Estimate: ...
+
+
+def jacobian_norms(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: int | None = None,
+    key: jax.Array | None = None,
+    batch_size: int | None = None,
+) -> jax.Array | Estimate:
+    r"""Squared Frobenius norms of a network's input-output Jacobian, one an example.
 
     .. math::
-      \Big\| \frac{\partial f_j(x)}{\partial x} \Big\|_2
-        \le \|w_{L,j}\|_2 \prod_{l<L} \sqrt{k_l} \, \|W_l\|
-      \qquad \text{at every input } x
+      \Big\| \frac{\partial f(x_i)}{\partial x_i} \Big\|_F^2
+        = \mathbb E_v \Big\| \frac{\partial \, v^\top f(x_i)}{\partial x_i} \Big\|_2^2,
+      \qquad v \sim \mathcal N(0, I)
 
-    with :math:`w_{L,j}` all that feeds output ``j`` and :math:`k_l` the size of a
-    convolution's window, 1 for a dense layer: one input reaches up to :math:`k_l`
-    window positions, so that the norm of a convolution may be that much larger than
-    the norm of its kernel. (The last layer does not need it: an output at one position
-    sees one window.) With strides it may be far from tight. The paper's constant is 1.
+    Exact, in the cheaper of forward and reverse mode; or, with ``probes``, the mean
+    over that many random ``v``, of one backward pass each.
 
-    It holds, but for rounding, for chains of
-
-    - dense layers and convolutions, with biases, any stride, dilation or groups, and
-      padding by zeros (or circular padding of images at least as large as the window);
-    - elementwise activations whose slope is at most 1: ReLU, leaky ReLU, tanh, not GELU
-      or swish;
-    - flattening, dropout in inference mode, max pooling whose windows do not overlap,
-      and average pooling that counts padding in (Flax's default). Where windows of
-      max pooling overlap, the bound has to be multiplied by the square root of the
-      number of windows that one input is in.
-
-    It does not hold with branches that are added or concatenated, attention, or
-    normalization, nor for what follows the last layer, such as a softmax.
+    What ``f`` is matters: logits, `probabilities` of them, or the labelled class's
+    probability, `label_probability`, which the paper's derivation takes. The network
+    should be in inference mode. The result can be differentiated, to be a penalty in
+    training.
 
     Args:
-      params: Any tree of parameters.
-      layers: The layers in order, as in `shift_scales`. Only which is the last one
-        matters. With ``None`` it is the last of `weight_layers`, by names: ``down``
-        comes before ``up``. It is an error if anything but weights and their biases is
-        there, or layers in that order do not fit together.
-      norm: ``"frobenius"``, or ``"spectral"``, which is never larger but takes a
-        singular value decomposition of every layer's kernel matrix.
-      mask: Which leaves are weights, as in `weight_mask`.
-      dims: What their axes mean, as in `weight_layers`. Where a weight has several
-        input axes, all but the last are taken for a window.
+      f: From one example, and what ``args`` hold for it, to one floating array of any
+        shape. It must not know about the batch.
+      x: The examples, a floating array ``(batch, ...)``.
+      *args: Further arguments of ``f``, such as labels: arrays, or trees of arrays, of
+        the same first axis. Nothing is differentiated by them.
+      probes: Number of random projections, 2 or more; ``None`` for the exact norms.
+      key: Key of ``jax.random``, with ``probes``. Every example has its own ``v``.
+      batch_size: How many examples to take at once: less memory, more time. ``None``
+        takes all. Each holds its whole Jacobian, or its projections.
 
     Returns:
-      The bounds, ``(outputs,)``, or of the shape of the last layer's output axes if
-      there are several; in float32 at least. The product is not formed in one float: a
-      bound is infinite or 0 only where it is out of range itself.
+      The squared norms ``(batch,)`` in float32 at least; or with ``probes`` an
+      `Estimate` of two such arrays.
 
     Raises:
-      ValueError: ``norm`` is neither; there is no layer; or as in `shift_scales`, but
-        for factors.
-      TypeError: ``layers`` is of another type.
+      ValueError: ``x`` has no axis, ``args`` has a leaf with another first axis,
+        ``batch_size`` is below 1 or ``probes`` below 2, or only one of ``probes`` and
+        ``key`` is given.
+      TypeError: ``x`` is no floating-point array, ``f`` does not return one, or a
+        number is no integer.
 
     References:
-      Liu, Cui, Chan, 2020, eq. 15 and appendix A.3, which takes the norm of a ReLU
-      layer's diagonal of zeros and ones for its size; it is 1 at most.
+      Li, Chen, Yang, Generalization Bound Regularizer, eqs. 2, 18.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+      >>> x = jnp.ones((3, 2))
+      >>> wr.jacobian_norms(lambda x: x @ kernel, x)
+      Array([26., 26., 26.], dtype=float32)
+      >>> key = jax.random.key(0)
+      >>> found = wr.jacobian_norms(lambda x: x @ kernel, x, probes=1000, key=key)
+      >>> bool(jnp.all(jnp.abs(found.mean - 26) < 4 * found.standard_error))
+      True
+    """
+    x = _examples(x, args)
+    if probes is None or key is None:
+        _check_neither(probes, key)
+        return _map(functools.partial(_squared_norm, f), (x, *args), batch_size)
+    count = check_count("probes", probes, 2)
+    keys = jax.random.split(key, x.shape[0])
+
+    def estimate(key: jax.Array, example: jax.Array, *rest: Any) -> Estimate:
+        squares = _projected(f, key, count, example, rest)
+        error = jnp.std(squares, ddof=1) / math.sqrt(count)
+        return Estimate(jnp.mean(squares), error)
+
+    return _map(estimate, (keys, x, *args), batch_size)
+
+
+@overload
+def gbr(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: None = None,
+    key: None = None,
+    batch_size: int | None = 100,
+) -> jax.Array: ...
+
+
+@overload
+def gbr(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: int,
+    key: jax.Array,
+    batch_size: int | None = 100,
+) -> Estimate: ...
+
+
+def gbr(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: int | None = None,
+    key: jax.Array | None = None,
+    batch_size: int | None = 100,
+) -> jax.Array | Estimate:
+    r"""The generalization-bound regularizer, over a data set.
+
+    .. math::
+      \frac 1 n \sum_{i=1}^n \Big\| \frac{\partial f(x_i)}{\partial x_i} \Big\|_F^2
+
+    The mean of `jacobian_norms`, a batch at a time.
+
+    Args:
+      f: As in `jacobian_norms`.
+      x: As in `jacobian_norms`, one example or more.
+      *args: As in `jacobian_norms`.
+      probes: As in `jacobian_norms`. With many examples, few will do: 2.
+      key: As in `jacobian_norms`.
+      batch_size: How many examples to take at once.
+
+    Returns:
+      A scalar, in float32 at least; or with ``probes`` an `Estimate`, whose error is
+      that of the projections alone, not that of having these examples and no others.
+
+    Raises:
+      ValueError: As in `jacobian_norms`, or there is no example.
+      TypeError: As in `jacobian_norms`.
+
+    References:
+      Li, Chen, Yang, Generalization Bound Regularizer, eq. 18.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import weightreg as wr
-      >>> last = jnp.array([[3.0, 1.0], [4.0, 0.0]])
-      >>> params = {"first": jnp.array([[2.0, 0.0]]), "last": last}
-      >>> wr.input_gradient_bound(params)  # 2 * 5 and 2 * 1
-      Array([10.,  2.], dtype=float32)
+      >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+      >>> print(wr.gbr(lambda x: x @ kernel, jnp.ones((64, 2)), batch_size=16))
+      26.0
     """
-    if not isinstance(norm, str) or norm not in _BOUNDS:
-        raise ValueError(f"norm must be one of {_BOUNDS}, not {norm!r}.")
-    chain = chain_of(params, layers, mask, dims, ordered=True)
-    if not chain.layers:
-        raise ValueError("params must have one weight at least, but has none.")
-    norms = chain_norms(params, chain.layers, parse_norm("norm", norm))
-    windows = np.concatenate([_window_roots(layer) for layer in chain.layers])
-    return _bound(norms, windows, _unit_norms(params, chain.layers[-1]))
+    if jnp.ndim(x) and not jnp.shape(x)[0]:
+        raise ValueError("x must have one example at least, but has none.")
+    if probes is None or key is None:
+        _check_neither(probes, key)
+        return jnp.mean(jacobian_norms(f, x, *args, batch_size=batch_size))
+    means, errors = jacobian_norms(
+        f, x, *args, probes=probes, key=key, batch_size=batch_size
+    )
+    error = norm_of(errors, _FROBENIUS, Axes((0,), ())).value().reshape(())
+    return Estimate(jnp.mean(means), error / errors.size)
 
 
-@jax.jit
-def _bound(norms: Scaled, factors: jax.Array, units: Scaled) -> jax.Array:
-    """The units' norms times all norms but the last, each with a factor of its own."""
-    fractions = norms.fraction * factors.astype(norms.fraction.dtype)
-    # In the place of the last layer, which may be the last of a stack, a one.
-    others = Scaled(fractions.at[-1].set(1), norms.exponent.at[-1].set(0))
-    product = cumulative_product(others)
-    fraction = units.fraction * product.fraction[-1]
-    return Scaled(fraction, units.exponent + product.exponent[-1]).value()
+def probabilities(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The softmax of a network's logits, over their last axis.
+
+    Args:
+      f: From one example, and further arguments, to logits ``(..., classes)``.
+
+    Returns:
+      A function of the same arguments to probabilities, for `jacobian_norms`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.probabilities(lambda x: x * jnp.ones(4))(2.0)
+      Array([0.25, 0.25, 0.25, 0.25], dtype=float32)
+    """
+    return lambda *args: jax.nn.softmax(f(*args))
+
+
+def label_probability(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The probability of an example's label.
+
+    Args:
+      f: From one example, and further arguments, to logits ``(classes,)``.
+
+    Returns:
+      A function ``(x, label, *args)`` to a probability, for `jacobian_norms`:
+      ``wr.gbr(wr.label_probability(model), x, labels)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> print(wr.label_probability(lambda x: x * jnp.ones(4))(2.0, 3))
+      0.25
+    """
+    return lambda x, label, *args: jax.nn.softmax(f(x, *args))[label]
 
 
 def _examples(x: Any, args: tuple[Any, ...]) -> jax.Array:
@@ -198,17 +323,56 @@ def _examples(x: Any, args: tuple[Any, ...]) -> jax.Array:
     return jnp.asarray(x)
 
 
+def _check_neither(probes: int | None, key: jax.Array | None) -> None:
+    if probes is not None or key is not None:
+        raise ValueError("probes and key must be given together, or neither.")
+
+
+def _check_output(out: Any) -> None:
+    is_array = isinstance(out, jax.ShapeDtypeStruct | jax.Array)
+    if not is_array or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(f"f must return one floating-point array, but returns {out}.")
+
+
 def _jacobian(
     f: Callable[..., jax.Array], example: jax.Array, args: tuple[Any, ...]
 ) -> jax.Array:
     """One example's ``(*outputs, *inputs)``, in the cheaper mode."""
     out = jax.eval_shape(f, example, *args)
-    is_array = isinstance(out, jax.ShapeDtypeStruct)
-    if not is_array or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise TypeError(f"f must return one floating-point array, but returns {out}.")
+    _check_output(out)
     differentiate = jax.jacfwd if example.size < out.size else jax.jacrev
     dtype = compute_dtype(example.dtype, out.dtype)
     return differentiate(f)(example, *args).astype(dtype)
+
+
+def _squared_norm(
+    f: Callable[..., jax.Array], example: jax.Array, *args: Any
+) -> jax.Array:
+    """The exact squared norm of one example's Jacobian."""
+    jacobian = _jacobian(f, example, args)
+    return _square(jacobian, tuple(range(jacobian.ndim))).reshape(())
+
+
+def _projected(
+    f: Callable[..., jax.Array],
+    key: jax.Array,
+    probes: int,
+    example: jax.Array,
+    args: tuple[Any, ...],
+) -> jax.Array:
+    """Squared norms ``(probes,)`` of gradients of random sums of the outputs."""
+    out, pullback = jax.vjp(lambda x: f(x, *args), example)
+    _check_output(out)
+    vectors = jax.random.normal(key, (probes, *out.shape), compute_dtype(out.dtype))
+    (gradients,) = jax.vmap(pullback)(vectors.astype(out.dtype))
+    wide = gradients.astype(compute_dtype(gradients.dtype))
+    return _square(wide, tuple(range(1, wide.ndim))).reshape(probes)
+
+
+def _square(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Squared Frobenius norms, infinite or 0 only where they are out of range."""
+    size = norm_of(x, _FROBENIUS, Axes(axes, ()))
+    return Scaled(size.fraction**2, 2 * size.exponent).value()
 
 
 def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> Any:
@@ -217,19 +381,3 @@ def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> 
         return jax.vmap(f)(*xs)
     size = check_count("batch_size", batch_size, 1)
     return jax.lax.map(lambda x: f(*x), xs, batch_size=size)
-
-
-def _window_roots(layer: WeightLayer) -> np.ndarray:
-    """The root of the window's size, for every layer of a stack."""
-    # With dims, two input axes may be attention's or a window: assume a window.
-    window = math.prod(layer.shape[a] for a in layer.input_axes[:-1])
-    return np.full(math.prod(stack_of(layer)), math.sqrt(window))
-
-
-def _unit_norms(params: Any, layer: WeightLayer) -> Scaled:
-    """The norm of all that feeds each unit, of the last layer where it is a stack."""
-    weight = jnp.asarray(jax.tree.leaves(params)[layer.index])
-    size = norm_of(weight, _FROBENIUS, Axes(layer.input_axes, ()))
-    units = tuple(layer.shape[a] for a in sorted(layer.output_axes))
-    shape = (math.prod(stack_of(layer)), *units)
-    return Scaled(size.fraction.reshape(shape)[-1], size.exponent.reshape(shape)[-1])

@@ -96,6 +96,43 @@ def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
     )
 
 
+def left_out(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, str]:
+    """Says which leaves are no weights, and why: what no method here touches.
+
+    Args:
+      params: As in `weight_mask`.
+      mask: As in `weight_mask`.
+      dims: As in `weight_mask`.
+
+    Returns:
+      The reason for each leaf that is left out, by its path, in the tree's order.
+
+    Raises:
+      ValueError: As in `weight_mask`.
+      TypeError: As in `weight_mask`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.left_out({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
+      {"['bias']": "called 'bias'"}
+      >>> wr.left_out({"kernel": jnp.ones((3, 4))}, mask=False)
+      {"['kernel']": 'mask is false'}
+    """
+    refuse_step_count("mask", params)
+    reasons = {}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    flags = mask_leaves(params, mask, dims)
+    for (path, leaf), flag in zip(leaves, flags, strict=True):
+        if not flag and mask is not None:
+            reasons[show_path(path)] = "mask is false"
+        elif not flag and dims is not None:
+            reasons[show_path(path)] = "dims is None"
+        elif not flag:
+            reasons[show_path(path)] = str(_why_not(path, leaf))
+    return reasons
+
+
 def weight_layers(
     params: Any, *, mask: Mask = None, dims: Dims = None
 ) -> tuple[WeightLayer, ...]:
@@ -169,7 +206,7 @@ def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
     """`weight_mask` as one boolean a leaf, in the order of ``jax.tree.leaves``."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if mask is None and dims is None:
-        return [_is_weight(path, leaf) for path, leaf in leaves]
+        return [_why_not(path, leaf) is None for path, leaf in leaves]
     if mask is None:
         flags = [d is not None for d in dims_leaves(params, dims)]
     else:
@@ -208,10 +245,15 @@ def _is_floating(leaf: Any) -> bool:
     return is_number and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
-def _is_weight(path: KeyPath, leaf: Any) -> bool:
-    return (
-        _is_floating(leaf) and jnp.ndim(leaf) >= 2 and _name(path) not in _NOT_WEIGHTS
-    )
+def _why_not(path: KeyPath, leaf: Any) -> str | None:
+    """Why a leaf is no weight by default, or None if it is one."""
+    if not _is_floating(leaf):
+        return f"not real and floating, but {_describe(leaf)}"
+    if (name := _name(path)) in _NOT_WEIGHTS:
+        return f"called {name!r}"
+    if jnp.ndim(leaf) < 2:
+        return f"of shape {jnp.shape(leaf)}, where a weight has two or more axes"
+    return None
 
 
 def _describe(leaf: Any) -> str:

@@ -1,5 +1,7 @@
 """Modules for Flax's linen: ``import weightreg.linen``."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
+from weightreg._equivalent_norm import NormMap, equivalent_norm
 from weightreg._parseval import convex_sum, initial_logits
 
 
@@ -59,3 +62,80 @@ class ConvexSum(nn.Module):
         dtype = canonicalize_dtype(h, residual, logits, dtype=self.dtype)
         # Not the logits, which in 16 bits would round to a few balances.
         return convex_sum(jnp.asarray(h, dtype), jnp.asarray(residual, dtype), logits)
+
+
+class EquivalentNorm(nn.Module):
+    r"""Runs a module on weights that `weightreg.equivalent_norm` maps to one norm.
+
+    Its variables are those of the module, under the same names, hence as stored; a
+    learnt alpha adds the parameter ``log_alpha`` beside them. The map is part of the
+    forward pass, so that gradients flow through it to the stored weights.
+
+    Attributes:
+      module: A layer or a whole network.
+      norm: What `weightreg.equivalent_norm` returns. Its ``mask`` and ``dims`` are
+        those of the module's parameters.
+
+    Raises:
+      ValueError: As the map does, on a call.
+
+    References:
+      Li, Chen, Yang, Generalization Bound Regularizer, eqs. 19 to 23.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import weightreg.linen
+      >>> layer = weightreg.linen.EquivalentNorm(nn.Dense(3))
+      >>> x = jnp.ones((1, 4))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'bias': (3,), 'kernel': (4, 3)}}
+      >>> folded = layer.fold(variables["params"])
+      >>> bool(jnp.all(nn.Dense(3).apply({"params": folded}, x)
+      ...              == layer.apply(variables, x)))
+      True
+    """
+
+    module: nn.Module
+    norm: NormMap = equivalent_norm()
+
+    def setup(self):
+        """Gives the module's variables the names that they have without this one."""
+        nn.share_scope(self, self.module)
+        if self.norm.learn:
+            self.log_alpha = self.param(
+                "log_alpha", lambda _: self.norm.initial_log_alpha()
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module on the mapped weights."""
+        alpha = jnp.exp(self.log_alpha) if self.norm.learn else self.norm.alpha
+
+        def to_effective(variables):
+            params = dict(variables.get("params", {}))
+            params.pop("log_alpha", None)
+            return {"params": self.norm.apply(params, alpha)}
+
+        if self.is_initializing():
+            # By itself, since map_variables would store what it has mapped.
+            self.module(*args, **kwargs)
+        call = nn.map_variables(
+            lambda module: module(*args, **kwargs), "params", trans_in_fn=to_effective
+        )
+        return call(self.module)
+
+    def fold(self, params: Any) -> Any:
+        """The parameters on which the plain module does what this one does.
+
+        Args:
+          params: Those of this module, ``variables["params"]``.
+
+        Returns:
+          Those of ``module``: the map applied, once and for all.
+        """
+        params = dict(params)
+        log_alpha = params.pop("log_alpha", None)
+        alpha = self.norm.alpha if log_alpha is None else jnp.exp(log_alpha)
+        return self.norm.apply(params, alpha)

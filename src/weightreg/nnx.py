@@ -1,5 +1,7 @@
 """Modules for Flax's nnx: ``import weightreg.nnx``."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,7 @@ from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
+from weightreg._equivalent_norm import NormMap, equivalent_norm
 from weightreg._parseval import convex_sum, initial_logits
 
 
@@ -60,3 +63,64 @@ class ConvexSum(nnx.Module):
         dtype = canonicalize_dtype(h, residual, logits, dtype=self.dtype)
         # Not the logits, which in 16 bits would round to a few balances.
         return convex_sum(jnp.asarray(h, dtype), jnp.asarray(residual, dtype), logits)
+
+
+class EquivalentNorm(nnx.Module):
+    r"""Runs a module on weights that `weightreg.equivalent_norm` maps to one norm.
+
+    Each call runs a copy of the module that has the mapped weights, and brings back
+    what the call changed other than parameters: batch statistics, counts of random
+    numbers. The stored parameters are never written, so that
+    ``nnx.state(model, nnx.Param)`` is what the optimizer trains; a learnt alpha adds
+    ``log_alpha`` to it.
+
+    Args:
+      module: A layer or a whole network.
+      norm: What `weightreg.equivalent_norm` returns. Its ``mask`` and ``dims`` are
+        those of ``nnx.state(module, nnx.Param)``.
+
+    Raises:
+      ValueError: As the map does, on a call.
+
+    References:
+      Li, Chen, Yang, Generalization Bound Regularizer, eqs. 19 to 23. Flax's own
+      ``nnx.WeightNorm`` writes the normalized weights over the stored ones
+      (google/flax issue 5576).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg.nnx
+      >>> from flax import nnx
+      >>> layer = weightreg.nnx.EquivalentNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+      >>> x = jnp.ones((1, 4))
+      >>> bool(jnp.all(layer.fold()(x) == layer(x)))
+      True
+    """
+
+    def __init__(self, module: nnx.Module, norm: NormMap = equivalent_norm()):  # noqa: B008
+        self.module = module
+        self.norm = norm
+        if norm.learn:
+            self.log_alpha = nnx.Param(norm.initial_log_alpha())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module on the mapped weights."""
+        folded = self.fold()
+        before = jax.tree.leaves(nnx.state(folded, _NOT_TRAINED))
+        out = folded(*args, **kwargs)
+        after = nnx.state(folded, _NOT_TRAINED)
+        # What is as it was need not be written, nor can it where a transformation of
+        # JAX has caught the module from outside.
+        same = zip(before, jax.tree.leaves(after), strict=True)
+        if not all(old is new for old, new in same):
+            nnx.update(self.module, after)
+        return out
+
+    def fold(self) -> Any:
+        """A copy of the module that does by itself what this one does."""
+        graph, params, rest = nnx.split(self.module, nnx.Param, ...)
+        alpha = jnp.exp(self.log_alpha[...]) if self.norm.learn else self.norm.alpha
+        return nnx.merge(graph, self.norm.apply(params, alpha), rest, copy=True)
+
+
+_NOT_TRAINED = nnx.Not(nnx.Param)
