@@ -177,28 +177,37 @@ def test_derivatives_of_both_orders_and_modes(scope, center):
             chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("scope", "center"), FORMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dead_units_and_layers_are_mapped_to_zero(dtype):
-    alive = np.random.default_rng(0).normal(size=4)
-    units = np.stack([np.zeros(4), np.full(4, 0.1), np.full(4, -3e33), alive], 1)
-    params = {"a": jnp.asarray(units, dtype), "zero": jnp.zeros((3, 2), dtype)}
-
-    def loss(params, enc):
-        return sum(jnp.sum(jnp.sin(x.astype("float32"))) for x in enc(params).values())
-
-    enc = wr.equivalent_norm()
-    got, slope = enc(params), jax.grad(loss)(params, enc)
-    second = jax.grad(lambda p: optax.tree.norm(jax.grad(loss)(p, enc)))(params)
-    assert jnp.all(got["a"][:, :3] == 0) and jnp.all(got["zero"] == 0)
-    np.testing.assert_allclose(
-        jnp.sum(got["a"].astype("float32") ** 2), 0.25, rtol=0.01
-    )
-    for tree_ in (slope, second):
-        chex.assert_tree_all_finite(tree_)
-        assert jnp.all(tree_["a"][:, :3] == 0) and jnp.all(tree_["zero"] == 0)
-    got = wr.equivalent_norm("layer", False)(params)
-    chex.assert_tree_all_finite(got)
-    assert jnp.all(got["zero"] == 0)
+def test_dead_units_and_layers_are_mapped_to_zero(scope, center, dtype):
+    """So are their derivatives, whatever comes back from what follows."""
+    rng = np.random.default_rng(0)
+    back = jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)
+    dead = np.stack([np.zeros(4), np.full(4, 0.1), np.full(4, -3e33)], 1)
+    dead = dead if center else 0 * dead
+    if scope == "unit":
+        w = np.concatenate([dead, rng.normal(size=(4, 1))], 1)
+    else:
+        w = np.full((4, 4), dead[0, 1])
+    w = jnp.asarray(w, dtype)
+    enc = wr.equivalent_norm(scope, center, alpha=100.0)
+    loss = jax.jit(lambda w: jnp.sum(back * jnp.sin(enc(w).astype("float32"))))
+    along = jnp.asarray(back, dtype)
+    slope = jax.grad(loss)
+    images = {
+        "value": enc(w),
+        "forward": jax.jvp(enc, (w,), (along,))[1],
+        "reverse": slope(w),
+        "second": jax.jvp(slope, (w,), (along,))[1],
+    }
+    parts = 3 if scope == "unit" else 4
+    for name, image in images.items():
+        chex.assert_tree_all_finite(image)
+        np.testing.assert_array_equal(image[:, :parts], 0.0, err_msg=name)
+    if scope == "unit":
+        sums = jnp.sum(images["value"].astype("float32") ** 2)
+        np.testing.assert_allclose(sums, 25, rtol=0.01)
+        assert jnp.all(images["reverse"][:, 3] != 0)
 
 
 def test_alpha_may_be_traced_and_learnt():
@@ -221,6 +230,16 @@ def test_alpha_may_be_traced_and_learnt():
     assert updates.log_alpha == pytest.approx(-0.1, rel=1e-4)
     with pytest.raises(TypeError, match="LearntNorm that init returns"):
         enc(params)
+
+    with jax.enable_x64(True):
+        exact = as_jax(tree(), jnp.float64)
+        start = wr.equivalent_norm(alpha=0.7, learn=True, dims=DIMS).init(exact)
+        assert start.log_alpha == pytest.approx(math.log(0.7), rel=1e-15)
+    for alpha in (1e40, 1e-40):  # out of the range of float32, unlike its root
+        for learn in (False, True):
+            enc = wr.equivalent_norm(alpha=alpha, learn=learn, dims=DIMS)
+            got = np.asarray(enc(enc.init(params))["dense"], np.float64)
+            assert np.sum(got**2) == pytest.approx(alpha, rel=1e-4)
 
     grid = jax.vmap(lambda a: wr.equivalent_norm(alpha=a, dims=DIMS)(params)["dense"])
     sums = jnp.sum(grid(jnp.array([0.5, 1.0, 2.0])) ** 2, (1, 2))

@@ -12,6 +12,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import weightreg as wr
 
@@ -143,6 +144,69 @@ def test_extremes():
     assert got.dtype == jnp.float32 and got[0] == 540_000  # no float16
     slope = jax.grad(lambda k: wr.gbr(functools.partial(linear, k), jnp.ones((1, 3))))
     np.testing.assert_array_equal(slope(jnp.zeros((3, 2))), 0.0)
+
+
+def test_errors_are_known_wherever_means_are():
+    key = jax.random.key(0)
+    for scale in (1e-12, 1.0, 1e12):
+        f = functools.partial(linear, jnp.full((4, 3), scale))
+        found = wr.jacobian_norms(f, jnp.ones((1, 4)), probes=50, key=key)
+        np.testing.assert_allclose(found.standard_error / found.mean, 0.2, rtol=0.05)
+    half = functools.partial(linear, jnp.full((4, 3), 2e4, jnp.float16))
+    found = wr.jacobian_norms(half, jnp.ones((1, 4), jnp.float16), probes=50, key=key)
+    assert abs(float(found.mean[0]) - 4.8e9) < 4 * float(found.standard_error[0])
+
+
+def test_the_second_derivative_at_nothing():
+    f = lambda s: wr.gbr(lambda x: s * x, jnp.ones((6, 4)))  # noqa: E731
+    assert jax.grad(jax.grad(f))(0.0) == 8  # of 4 s^2
+
+
+@pytest.mark.parametrize("probes", [None, 2])
+def test_memory_does_not_grow_with_the_examples(probes):
+    """Nor does that of the gradient, for a penalty."""
+    params = mlp(0, (64, 64, 64, 10), scale=0.1)
+    key = None if probes is None else jax.random.key(0)
+
+    def penalty(params, x):
+        f = functools.partial(relu_network, params)
+        found = wr.gbr(f, x, probes=probes, key=key, batch_size=8)
+        return found if probes is None else found.mean
+
+    def temporary(count):
+        compiled = jax.jit(jax.grad(penalty)).lower(params, normal(count, 64)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(512) < 1.3 * temporary(64)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("probes", [None, 2])
+def test_on_eight_devices(axis_type, probes):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+    f = functools.partial(relu_network, mlp(0, (6, 8, 3)))
+    more = {} if probes is None else {"probes": probes, "key": jax.random.key(0)}
+    x = normal(16, 6)
+    want = wr.jacobian_norms(f, x, **more)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
+        for batch_size in (None, 3, 4, 100):
+            got = jax.jit(
+                lambda x, b=batch_size: wr.jacobian_norms(f, x, batch_size=b, **more)
+            )(split)
+            chex.assert_trees_all_close(got, want, rtol=1e-5)
+        parts = jax.shard_map(
+            lambda x: wr.jacobian_norms(f, x, **more),
+            mesh=mesh,
+            in_specs=PartitionSpec("d"),
+            out_specs=PartitionSpec("d"),
+        )
+        got = jax.jit(parts)(split)
+    if probes is None:
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    else:
+        exact = wr.jacobian_norms(f, x)
+        assert jnp.mean(jnp.abs(got.mean - exact) < 4 * got.standard_error) > 0.5
 
 
 @settings(deadline=None, max_examples=60)

@@ -210,10 +210,7 @@ class WithStatistics(nn.Module):
 
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 2)), jnp.float32)
-
-
-def without_alpha(params):
-    return {name: leaf for name, leaf in params.items() if name != "log_alpha"}
+LEARN = wr.equivalent_norm(learn=True)
 
 
 @pytest.mark.parametrize("learn", [False, True])
@@ -221,26 +218,32 @@ def test_the_network_runs_on_mapped_weights_and_stores_others(learn):
     enc = wr.equivalent_norm("layer", alpha=2.0, learn=learn)
     ours, plain = EquivalentNorm(WithStatistics(), enc), WithStatistics()
     variables = ours.init(KEY, IMAGES)
-    bare = plain.init(KEY, IMAGES)  # as initialized, not as mapped
-    chex.assert_trees_all_equal(without_alpha(variables["params"]), bare["params"])
-    chex.assert_trees_all_equal(variables["batch_stats"], bare["batch_stats"])
+    bare = nn.Sequential([WithStatistics()]).init(KEY, IMAGES)  # as deep as ours
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
+    assert shapes(variables["params"]["module"]) == shapes(bare["params"]["layers_0"])
     assert ("log_alpha" in variables["params"]) == learn
+    kernel = variables["params"]["module"]["Dense_0"]["kernel"]
+    assert abs(float(jnp.sum(kernel**2)) - 2.0) > 0.1  # as initialized, not as mapped
 
-    stats = {"batch_stats": variables["batch_stats"]}
-    folded = wr.equivalent_norm("layer", alpha=2.0)(without_alpha(variables["params"]))
-    chex.assert_trees_all_close(ours.fold(variables["params"]), folded, rtol=1e-6)
+    folded = ours.fold(variables)
+    by_hand = wr.equivalent_norm("layer", alpha=2.0)(variables["params"]["module"])
+    chex.assert_trees_all_close(folded["params"], by_hand, rtol=1e-6)
     settings = {"mutable": ["batch_stats"], "rngs": {"dropout": KEY}}
     for train in (False, True):
-        folded = ours.fold(variables["params"])
-        got = ours.apply(variables, IMAGES, train, **settings)
-        want = plain.apply({"params": folded, **stats}, IMAGES, train, **settings)
-        chex.assert_trees_all_equal(got, want)
-        assert list(got[1]) == ["batch_stats"]
+        got, stats = ours.apply(variables, IMAGES, train, **settings)
+        settings["rngs"] = {"dropout": KEY}
+        if not train:
+            want, _ = plain.apply(folded, IMAGES, train, **settings)
+            np.testing.assert_array_equal(got, want)
+        inner = nn.Sequential([plain])  # the same path, hence the same dropout
+        same = {k: {"layers_0": v} for k, v in folded.items()}
+        assert list(stats) == ["batch_stats"]
+        want = inner.apply(same, IMAGES, train, **settings)[1]["batch_stats"]
+        chex.assert_trees_all_equal(stats["batch_stats"]["module"], want["layers_0"])
 
 
 def test_gradients_flow_through_the_map():
-    enc = wr.equivalent_norm(learn=True)
-    ours = EquivalentNorm(WithStatistics(), enc)
+    ours = EquivalentNorm(WithStatistics(), LEARN)
     variables = ours.init(KEY, IMAGES)
     stats = {"batch_stats": variables["batch_stats"]}
 
@@ -248,15 +251,18 @@ def test_gradients_flow_through_the_map():
         return jnp.sum(jnp.sin(ours.apply({"params": params, **stats}, IMAGES)))
 
     def by_hand(params):
-        alpha = jnp.exp(params["log_alpha"])
-        mapped = wr.equivalent_norm(alpha=alpha)(without_alpha(params))
-        return jnp.sum(
-            jnp.sin(WithStatistics().apply({"params": mapped, **stats}, IMAGES))
-        )
+        enc = wr.equivalent_norm(alpha=jnp.exp(params["log_alpha"]))
+        plain = {"params": enc(params["module"])}
+        plain["batch_stats"] = stats["batch_stats"]["module"]
+        return jnp.sum(jnp.sin(WithStatistics().apply(plain, IMAGES)))
 
-    got, want = (jax.grad(f)(variables["params"]) for f in (loss, by_hand))
+    got, want = (jax.jit(jax.grad(f))(variables["params"]) for f in (loss, by_hand))
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
     assert got["log_alpha"] != 0
+
+
+def apply_init(module, *args):
+    return module.apply(module.init(KEY, *args), *args)
 
 
 def test_layers_in_a_network_are_wrapped_one_by_one():
@@ -264,16 +270,78 @@ def test_layers_in_a_network_are_wrapped_one_by_one():
         @nn.compact
         def __call__(self, x):
             x = nn.relu(EquivalentNorm(nn.Dense(4))(x))
-            x = EquivalentNorm(nn.Dense(5), wr.equivalent_norm(learn=True), name="b")(x)
+            x = EquivalentNorm(nn.Dense(5), LEARN, name="b")(x)
             return nn.Dense(2)(x)
 
     x = IMAGES[:, 0, 0]
     variables = Outer().init(KEY, x)
-    sizes = {k: v["kernel"].shape for k, v in variables["params"].items()}
-    assert sorted(sizes.values()) == [(2, 4), (4, 5), (5, 2)]
-    assert sum("log_alpha" in v for v in variables["params"].values()) == 1
+    leaves = jax.tree.leaves(variables["params"])
+    shapes = sorted(leaf.shape for leaf in leaves if leaf.ndim == 2)
+    assert shapes == [(2, 4), (4, 5), (5, 2)]
+    assert set(variables["params"]["b"]) == {"log_alpha"}
     grads = jax.grad(lambda v: jnp.sum(Outer().apply(v, x) ** 2))(variables)
     chex.assert_tree_all_finite(grads)
+    assert grads["params"]["b"]["log_alpha"] != 0
+
+
+@pytest.mark.parametrize("norm", [wr.equivalent_norm(), LEARN])
+def test_lifted_transformations_around(norm):
+    x = IMAGES[:, 0, 0]
+    stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    many = nn.vmap(EquivalentNorm, in_axes=0, **stacked)(nn.Dense(3), norm)
+    assert apply_init(many, x[:, None]).shape == (5, 1, 3)
+    for lift in (nn.jit, nn.remat):
+        ours, lifted = EquivalentNorm, lift(EquivalentNorm)
+        variables = lifted(nn.Dense(3), norm).init(KEY, x)
+        out = lifted(nn.Dense(3), norm).apply(variables, x)
+        want = ours(nn.Dense(3), norm).apply(variables, x)
+        np.testing.assert_allclose(out, want, rtol=1e-6)
+        inside = [EquivalentNorm(nn.Dense(3), norm), nn.relu]
+        assert apply_init(lift(nn.Sequential)(inside), x).shape == (5, 3)
+    nested = nn.Sequential([EquivalentNorm(nn.Dense(3), norm), nn.Dense(2)])
+    assert apply_init(EquivalentNorm(nested), x).shape == (5, 2)
+    once, twice = (
+        EquivalentNorm(nn.Dense(3)),
+        EquivalentNorm(EquivalentNorm(nn.Dense(3))),
+    )
+    variables = once.init(KEY, x)
+    again = {"params": {"module": variables["params"]}}
+    want = once.apply(variables, x)
+    np.testing.assert_allclose(twice.apply(again, x), want, rtol=1e-5, atol=1e-6)
+
+
+def test_initialization_runs_the_module_once_and_keeps_its_names():
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            calls = self.variable("count", "calls", lambda: jnp.zeros(()))
+            calls.value += 1
+            heat = self.param("log_alpha", nn.initializers.constant(2.0), ())
+            return nn.WeightNorm(nn.Dense(3))(x) * heat
+
+    x = IMAGES[:, 0, 0]
+    ours = EquivalentNorm(Inner())
+    variables = ours.init(KEY, x)
+    assert variables["count"]["module"]["calls"] == 1
+    out, state = ours.apply(variables, x, mutable=["count"])
+    assert state["count"]["module"]["calls"] == 2
+    folded = ours.fold(variables)
+    assert folded["params"]["log_alpha"] == 2
+    kernel = folded["params"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(jnp.sum(kernel**2), 1.0, rtol=1e-5)
+    want, _ = Inner().apply(folded, x, mutable=["count"])
+    np.testing.assert_array_equal(out, want)
+
+
+def test_what_cannot_be_wrapped_or_folded_is_refused():
+    with pytest.raises(TypeError, match=r"module must be a flax\.linen.*, not"):
+        EquivalentNorm(nn.relu)
+    with pytest.raises(TypeError, match="what equivalent_norm returns, not 'unit'"):
+        EquivalentNorm(nn.Dense(3), "unit")
+    ours = EquivalentNorm(nn.Dense(3))
+    variables = ours.init(KEY, IMAGES)
+    with pytest.raises(ValueError, match="variables must be all that init returned"):
+        ours.fold(variables["params"])
 
 
 def test_training_under_jit_and_scan():
@@ -295,7 +363,7 @@ def test_training_under_jit_and_scan():
 
     (end, _), losses = train(params)
     assert losses[-1] < 0.5 * losses[0]
-    folded = ours.fold(end)["kernel"]
+    folded = ours.fold({"params": end})["params"]["kernel"]
     np.testing.assert_allclose(jnp.sum(folded**2), 1.0, rtol=1e-5)
 
 
@@ -310,7 +378,7 @@ def test_scanned_layers_are_mapped_one_by_one():
     ours = EquivalentNorm(stack, wr.equivalent_norm(dims=dims))
     x = jnp.ones((2, 4))
     variables = ours.init(KEY, x, None)
-    folded = ours.fold(variables["params"])["Dense_0"]
+    folded = ours.fold(variables)["params"]["Dense_0"]
     sums = jnp.sum(folded["kernel"] ** 2, (1, 2))
     np.testing.assert_allclose(sums, 1.0, rtol=1e-5)
     h = x

@@ -285,6 +285,33 @@ def test_all_else_that_a_call_changes_is_kept():
     assert model.module.drop.rngs.count[...] == 3
 
 
+def test_what_a_call_creates_is_kept():
+    class Sowing(nnx.Module):
+        def __init__(self):
+            self.dense = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            if not hasattr(self, "calls"):
+                self.calls = nnx.BatchStat(jnp.zeros(()))
+            self.calls[...] += 1
+            y = self.dense(x)
+            self.sow(nnx.Intermediate, "y", y)
+            return y
+
+    model = EquivalentNorm(Sowing())
+    for count in (1, 2):
+        out, found = nnx.capture(model, nnx.Intermediate)(jnp.ones((1, 4)))
+        np.testing.assert_array_equal(jax.tree.leaves(found)[0], out)
+        assert model.module.calls[...] == count
+
+
+def test_what_cannot_be_wrapped_is_refused():
+    with pytest.raises(TypeError, match=r"module must be a flax\.nnx.*Module, not"):
+        EquivalentNorm(jnp.tanh)
+    with pytest.raises(TypeError, match="what equivalent_norm returns, not 'unit'"):
+        EquivalentNorm(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "unit")
+
+
 def test_the_folded_module_gives_the_same_bits():
     model = make(scope="layer", center=False)
     model.eval()

@@ -140,8 +140,30 @@ def test_dead_units_decay_plainly_and_extremes_are_finite():
         if center:
             np.testing.assert_allclose(updates[:, 1], 0.05, rtol=1e-6)
         np.testing.assert_allclose(updates[:, 3], 0.5 * w[:, 3], rtol=1e-6)
-        slope = jax.grad(wr.shifted_l2(0.5, 1e-3, center=center))(w)
-        np.testing.assert_allclose(slope, updates, rtol=1e-5, atol=1e-9)
+        slope = jax.grad(wr.shifted_l2(0.5, 1e-3, center=center))
+        np.testing.assert_allclose(slope(w), updates, rtol=1e-5, atol=1e-9)
+        along = jnp.array([[1.0, 2.0, 0.0, 0.0], [-3.0, 5.0, 0.0, 0.0], [7.0] * 4])
+        second = jax.jvp(slope, (w,), (along,))[1]
+        dead = slice(2) if center else 0
+        np.testing.assert_allclose(second[:, dead], 0.5 * along[:, dead], rtol=1e-6)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_weights_without_elements_are_left_alone(center):
+    empty = {"a": jnp.zeros((0, 3)), "b": jnp.zeros((3, 0)), "c": jnp.zeros((0, 1))}
+    assert wr.shifted_l2(0.1, 0.1, center=center)(empty) == 0
+    link = wr.add_shifted_l2(0.1, 0.1, center=center)
+    updates, _ = link.update(empty, link.init(empty), empty)
+    chex.assert_trees_all_equal(updates, empty)
+
+
+def test_numbers_of_few_bits_are_not_rounded_further():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)), jnp.float32)
+    epsilon = jnp.asarray(0.7, jnp.bfloat16)
+    link = wr.add_shifted_l2(1.0, epsilon)
+    updates, _ = link.update(0 * w, link.init(w), w)
+    slope = jax.grad(wr.shifted_l2(1.0, float(epsilon)))(w)
+    np.testing.assert_allclose(updates, slope, rtol=1e-5, atol=1e-6)
 
 
 def test_schedules_wrappers_and_dtypes():

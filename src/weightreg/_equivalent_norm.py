@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from weightreg._groups import check_form, deviation, group_of, layers_of, measure
+from weightreg._groups import check_form, direction, group_of, layers_of, measure
 from weightreg._norms import Axes
 from weightreg._numbers import check_scalar
 from weightreg._reach import compute_dtype
-from weightreg._scaled import or_one
 from weightreg._weights import Dims, Mask, WeightLayer
 
 
@@ -43,12 +42,18 @@ class NormMap:
 
     def init(self, params: Any) -> Any:
         """What is to be trained: ``params``, as a `LearntNorm` if alpha is learnt."""
-        self._layers(params)
-        return LearntNorm(params, self.initial_log_alpha()) if self.learn else params
+        layers, leaves = self._layers(params), jax.tree.leaves(params)
+        if not self.learn:
+            return params
+        dtypes = (jnp.result_type(leaves[layer.index]) for layer in layers)
+        dtype = compute_dtype(*dtypes) if layers else jnp.float32
+        return LearntNorm(params, self.initial_log_alpha(dtype))
 
-    def initial_log_alpha(self) -> jax.Array:
+    def initial_log_alpha(self, dtype: Any = jnp.float32) -> jax.Array:
         """Where a learnt logarithm of alpha starts."""
-        return jnp.log(jnp.asarray(self.alpha, jnp.float32))
+        if isinstance(self.alpha, Tracer):
+            return jnp.log(self.alpha).astype(dtype)
+        return jnp.asarray(math.log(np.asarray(self.alpha)), dtype)
 
     def __call__(self, params: Any) -> Any:
         """The effective parameters, of the structure, shapes and dtypes of ``params``.
@@ -59,26 +64,29 @@ class NormMap:
             centred.
         """
         if not self.learn:
-            return self.apply(params, self.alpha)
+            return self.apply(params)
         if not isinstance(params, LearntNorm):
             raise TypeError(
                 "params must be the LearntNorm that init returns, since alpha is "
                 f"learnt, not of type {type(params).__name__}."
             )
-        return self.apply(params.params, jnp.exp(params.log_alpha))
+        return self.apply(params.params, params.log_alpha)
 
-    def apply(self, params: Any, alpha: jax.typing.ArrayLike) -> Any:
-        """The effective parameters for an alpha from elsewhere."""
+    def apply(self, params: Any, log_alpha: jax.Array | None = None) -> Any:
+        """The effective parameters, for a learnt alpha if one is given."""
+        if log_alpha is not None:
+            norm = jnp.exp(log_alpha / 2)
+        elif isinstance(self.alpha, Tracer):
+            norm = jnp.sqrt(self.alpha)
+        else:  # alpha itself may be out of the range of the weights' dtype
+            norm = math.sqrt(np.asarray(self.alpha))
         leaves, treedef = jax.tree.flatten(params)
         for layer in self._layers(params):
-            weight = jnp.asarray(leaves[layer.index])
-            if weight.size:
-                leaves[layer.index] = _mapped(
-                    weight, alpha, self.scope, self.center, Axes.of(layer)
-                )
+            weight, axes = jnp.asarray(leaves[layer.index]), Axes.of(layer)
+            leaves[layer.index] = _mapped(weight, norm, self.scope, self.center, axes)
         return jax.tree.unflatten(treedef, leaves)
 
-    def _layers(self, params: Any) -> tuple[WeightLayer, ...]:
+    def _layers(self, params: Any) -> list[WeightLayer]:
         return layers_of(params, self.scope, self.center, self.mask, self.dims)
 
 
@@ -166,18 +174,24 @@ def equivalent_norm(
     return NormMap(scope, center, alpha, learn, mask, dims)
 
 
+def check_wrapped(module: Any, kind: type, norm: Any) -> None:
+    """Refuses what is no module of Flax's, or no map."""
+    if not isinstance(module, kind):
+        raise TypeError(
+            f"module must be a {kind.__module__}.{kind.__name__}, not {module!r}."
+        )
+    if not isinstance(norm, NormMap):
+        raise TypeError(f"norm must be what equivalent_norm returns, not {norm!r}.")
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))  # traced once for one shape
 def _mapped(
-    w: jax.Array, alpha: jax.typing.ArrayLike, scope: str, center: bool, axes: Axes
+    w: jax.Array, norm: jax.typing.ArrayLike, scope: str, center: bool, axes: Axes
 ) -> jax.Array:
-    """One leaf's effective weights."""
-    dtype = compute_dtype(w.dtype)
+    """One leaf's effective weights, every layer of a norm."""
+    wide = w.astype(compute_dtype(w.dtype))
     share = math.prod(w.shape[a] for a in axes.outputs) if scope == "unit" else 1
-    norm = jnp.sqrt(jnp.asarray(alpha, dtype) / share)
-    wide = w.astype(dtype)
+    norm = jnp.asarray(norm, wide.dtype) / math.sqrt(share)
     # The derivative needs nothing but what there is: the weights and few statistics.
     statistics = measure(group_of(axes, scope), center, wide)
-    scaled = jax.checkpoint(
-        lambda w, s, norm: deviation(w, s) * (norm / or_one(s.size))
-    )
-    return scaled(wide, statistics, norm).astype(w.dtype)
+    return jax.checkpoint(direction)(wide, statistics, norm).astype(w.dtype)

@@ -25,9 +25,10 @@ def check_form(scope: Any, center: Any) -> None:
 
 def layers_of(
     params: Any, scope: str, center: bool, mask: Mask, dims: Dims
-) -> tuple[WeightLayer, ...]:
-    """The weights, after a check that something is left of each without its mean."""
+) -> list[WeightLayer]:
+    """The weights that have elements, and something left of them without the mean."""
     layers = weight_layers(params, mask=mask, dims=dims)
+    layers = [layer for layer in layers if math.prod(layer.shape)]
     for layer in layers:
         units = math.prod(layer.shape[a] for a in layer.output_axes)
         count = layer.fan_in * (units if scope == "layer" else 1)
@@ -60,13 +61,10 @@ class Statistics(NamedTuple):
     size: jax.Array
 
 
-def direction(w: jax.Array, s: Statistics) -> jax.Array:
-    """The weights without their means, of norm 1; 0 for a dead group."""
-    return deviation(w, s) * (1 / or_one(s.size))
-
-
-def deviation(w: jax.Array, s: Statistics) -> jax.Array:
-    return w * s.half * s.rest - s.shift - s.mean
+def direction(w: jax.Array, s: Statistics, norm: Any = 1.0) -> jax.Array:
+    """The weights without their means, of a norm; 0 for a dead group, as its slope."""
+    deviation = w * s.half * s.rest - s.shift - s.mean
+    return deviation * jnp.where(s.size == 0, 0, norm / or_one(s.size))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -85,7 +83,7 @@ def measure(group: tuple[int, ...], center: bool, w: jax.Array) -> Statistics:
 
     def carefully() -> Statistics:
         largest = jnp.max(jnp.abs(w), group, keepdims=True)
-        half, rest = halve(exponent_of(largest), w.dtype)
+        half, rest = halve(exponent_of(or_one(largest)), w.dtype)
         scaled = w * half * rest
         # Exactly 0 remains where all are equal.
         shift = jnp.max(scaled, group, keepdims=True) if center else zero

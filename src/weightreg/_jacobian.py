@@ -7,11 +7,13 @@ from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from weightreg._mesh import placed
 from weightreg._norms import Axes, norm_of
 from weightreg._numbers import check_count
 from weightreg._reach import compute_dtype
-from weightreg._scaled import Scaled
+from weightreg._scaled import Scaled, or_one
 from weightreg._trees import show_path
 
 _FROBENIUS = (2.0, 2.0)
@@ -148,9 +150,12 @@ def jacobian_norms(
       *args: Further arguments of ``f``, such as labels: arrays, or trees of arrays, of
         the same first axis. Nothing is differentiated by them.
       probes: Number of random projections, 2 or more; ``None`` for the exact norms.
-      key: Key of ``jax.random``, with ``probes``. Every example has its own ``v``.
+      key: Key of ``jax.random``, with ``probes``. Every example has its own ``v``;
+        inside of ``shard_map`` give every device its own key.
       batch_size: How many examples to take at once: less memory, more time. ``None``
-        takes all. Each holds its whole Jacobian, or its projections.
+        takes all. Each holds its whole Jacobian, or its projections; a derivative of
+        the result computes them again. Where an explicit mesh splits the examples,
+        batches are taken on every device.
 
     Returns:
       The squared norms ``(batch,)`` in float32 at least; or with ``probes`` an
@@ -184,12 +189,14 @@ def jacobian_norms(
         _check_neither(probes, key)
         return _map(functools.partial(_squared_norm, f), (x, *args), batch_size)
     count = check_count("probes", probes, 2)
-    keys = jax.random.split(key, x.shape[0])
+    keys = _along(x, jax.random.split(key, x.shape[0]))
 
     def estimate(key: jax.Array, example: jax.Array, *rest: Any) -> Estimate:
         squares = _projected(f, key, count, example, rest)
-        error = jnp.std(squares, ddof=1) / math.sqrt(count)
-        return Estimate(jnp.mean(squares), error)
+        # Squares have squares in range only after division by one of them.
+        largest = or_one(lax.stop_gradient(jnp.max(squares)))
+        error = jnp.std(squares / largest, ddof=1) / math.sqrt(count)
+        return Estimate(jnp.mean(squares), largest * error)
 
     return _map(estimate, (keys, x, *args), batch_size)
 
@@ -350,7 +357,7 @@ def _squared_norm(
 ) -> jax.Array:
     """The exact squared norm of one example's Jacobian."""
     jacobian = _jacobian(f, example, args)
-    return _square(jacobian, tuple(range(jacobian.ndim))).reshape(())
+    return _square(tuple(range(jacobian.ndim)), jacobian).reshape(())
 
 
 def _projected(
@@ -364,15 +371,27 @@ def _projected(
     out, pullback = jax.vjp(lambda x: f(x, *args), example)
     _check_output(out)
     vectors = jax.random.normal(key, (probes, *out.shape), compute_dtype(out.dtype))
-    (gradients,) = jax.vmap(pullback)(vectors.astype(out.dtype))
-    wide = gradients.astype(compute_dtype(gradients.dtype))
-    return _square(wide, tuple(range(1, wide.ndim))).reshape(probes)
+    # Short ones: a random sum of gradients may be out of float16's range.
+    shrink = 2.0 ** -math.ceil(math.log2(4 * math.sqrt(max(out.size, 1))))
+    # A 0 that, inside of shard_map, differs between devices as the output does.
+    zero = jnp.where(out == out, 0, 0).astype(out.dtype)
+    (gradients,) = jax.vmap(pullback)((shrink * vectors).astype(out.dtype) + zero)
+    wide = gradients.astype(compute_dtype(gradients.dtype)) / shrink
+    return _square(tuple(range(1, wide.ndim)), wide).reshape(probes)
 
 
-def _square(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _square(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
     """Squared Frobenius norms, infinite or 0 only where they are out of range."""
     size = norm_of(x, _FROBENIUS, Axes(axes, ()))
     return Scaled(size.fraction**2, 2 * size.exponent).value()
+
+
+@_square.defjvp
+def _square_jvp(axes, primals, tangents):
+    (x,), (x_dot,) = primals, tangents
+    # A norm has no derivative at 0, but its square has.
+    return _square(axes, x), 2 * jnp.sum(x * x_dot, axes, keepdims=True)
 
 
 def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> Any:
@@ -380,4 +399,30 @@ def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> 
     if batch_size is None:
         return jax.vmap(f)(*xs)
     size = check_count("batch_size", batch_size, 1)
-    return jax.lax.map(lambda x: f(*x), xs, batch_size=size)
+    count = len(jax.tree.leaves(xs)[0])
+    whole = count - count % size
+    # A derivative, too, is to hold no more than one batch: it computes them again.
+    batch = jax.checkpoint(jax.vmap(f))
+    if size >= count:
+        return batch(*xs)
+    xs = jax.tree.map(_gathered, xs)
+    split = lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:])  # noqa: E731
+    join = lambda a: a.reshape(whole, *a.shape[2:])  # noqa: E731
+    out = lax.map(lambda x: batch(*x), jax.tree.map(split, xs))
+    out = jax.tree.map(join, out)
+    if whole < count:
+        rest = batch(*jax.tree.map(lambda a: a[whole:], xs))
+        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, rest)
+    return out
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+    """Examples of which any batch can be taken, if an explicit mesh splits them."""
+    spec = placed(x, range(x.ndim), tuple(range(1, x.ndim)))
+    return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def _along(x: jax.Array, keys: jax.Array) -> jax.Array:
+    """Keys, one an example, placed as the examples are."""
+    spec = placed(x, (0,), None)
+    return keys if spec is None else jax.sharding.reshard(keys, spec)

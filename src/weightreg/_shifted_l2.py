@@ -202,7 +202,7 @@ def _value_jvp(scope, center, axes, primals, tangents):
     # A gradient may be finite where the sum of squares is not.
     (w, epsilon), (w_dot, epsilon_dot) = primals, tangents
     size, aim, _, _ = _prepare(w, epsilon, scope, center, axes)
-    aim_dot = _aim(epsilon_dot, w.shape, scope, center, axes).astype(aim.dtype)
+    aim_dot = _aim(epsilon_dot, w.shape, scope, center, axes)
     slope = _gradient(w, 2.0, epsilon, scope, center, axes)
     out_dot = jnp.sum(slope * w_dot) - 2 * jnp.sum((size - aim) * aim_dot)
     return _value(w, epsilon, scope, center, axes), out_dot
@@ -211,7 +211,7 @@ def _value_jvp(scope, center, axes, primals, tangents):
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))  # traced once for one shape
 def _gradient(w, strength, epsilon, scope: str, center: bool, axes: Axes) -> jax.Array:
     w = w.astype(compute_dtype(w.dtype))
-    aim = _aim(epsilon, w.shape, scope, center, axes).astype(w.dtype)
+    aim = _aim(jnp.asarray(epsilon, w.dtype), w.shape, scope, center, axes)
     pull = aim * direction(w, measure(group_of(axes, scope), center, w))
     return jnp.asarray(strength, w.dtype) * (w - pull)
 
@@ -222,11 +222,11 @@ def _prepare(w, epsilon, scope: str, center: bool, axes: Axes):
     s = measure(group, center, w.astype(compute_dtype(w.dtype)))
     unscale = lambda x: x * (1 / s.rest) * (1 / s.half)  # noqa: E731
     size, mean = unscale(s.size), unscale(s.shift + s.mean)
-    aim = _aim(epsilon, w.shape, scope, center, axes).astype(size.dtype)
+    aim = _aim(epsilon, w.shape, scope, center, axes)
     return size, aim, mean, math.prod(w.shape[a] for a in group)
 
 
-def _aim(epsilon, shape, scope: str, center: bool, axes: Axes) -> jax.Array:
+def _aim(epsilon: jax.Array, shape, scope: str, center: bool, axes: Axes) -> jax.Array:
     """The norm that deviations should have: epsilon is theirs, or their root mean."""
     count = math.prod(shape[a] for a in group_of(axes, scope))
-    return jnp.asarray(epsilon) * (math.sqrt(count) if center else 1.0)
+    return epsilon * (math.sqrt(count) if center else 1.0)

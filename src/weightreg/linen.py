@@ -9,7 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from weightreg._equivalent_norm import NormMap, equivalent_norm
+from weightreg._equivalent_norm import NormMap, check_wrapped, equivalent_norm
 from weightreg._parseval import convex_sum, initial_logits
 
 
@@ -67,9 +67,11 @@ class ConvexSum(nn.Module):
 class EquivalentNorm(nn.Module):
     r"""Runs a module on weights that `weightreg.equivalent_norm` maps to one norm.
 
-    Its variables are those of the module, under the same names, hence as stored; a
-    learnt alpha adds the parameter ``log_alpha`` beside them. The map is part of the
-    forward pass, so that gradients flow through it to the stored weights.
+    The map is part of the forward pass, so that gradients flow through it to the
+    weights that are stored. Those are the module's, under ``module``, initialized as
+    without the map; a learnt alpha adds the parameter ``log_alpha``. While it is
+    initialized the module runs on its weights as they are. Only ``__call__`` is
+    wrapped: for another method, apply ``module`` to what ``fold`` returns.
 
     Attributes:
       module: A layer or a whole network.
@@ -77,6 +79,7 @@ class EquivalentNorm(nn.Module):
         those of the module's parameters.
 
     Raises:
+      TypeError: ``module`` or ``norm`` is something else.
       ValueError: As the map does, on a call.
 
     References:
@@ -91,51 +94,55 @@ class EquivalentNorm(nn.Module):
       >>> x = jnp.ones((1, 4))
       >>> variables = layer.init(jax.random.key(0), x)
       >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'module': {'bias': (3,), 'kernel': (4, 3)}}}
+      >>> folded = layer.fold(variables)
+      >>> jax.tree.map(jnp.shape, folded)
       {'params': {'bias': (3,), 'kernel': (4, 3)}}
-      >>> folded = layer.fold(variables["params"])
-      >>> bool(jnp.all(nn.Dense(3).apply({"params": folded}, x)
-      ...              == layer.apply(variables, x)))
+      >>> bool(jnp.all(nn.Dense(3).apply(folded, x) == layer.apply(variables, x)))
       True
     """
 
     module: nn.Module
     norm: NormMap = equivalent_norm()
 
-    def setup(self):
-        """Gives the module's variables the names that they have without this one."""
-        nn.share_scope(self, self.module)
-        if self.norm.learn:
-            self.log_alpha = self.param(
-                "log_alpha", lambda _: self.norm.initial_log_alpha()
-            )
+    def __post_init__(self):
+        """Refuses what cannot be wrapped."""
+        check_wrapped(self.module, nn.Module, self.norm)
+        super().__post_init__()
 
+    @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module on the mapped weights."""
-        alpha = jnp.exp(self.log_alpha) if self.norm.learn else self.norm.alpha
+        log_alpha = None
+        if self.norm.learn:
+            log_alpha = self.param("log_alpha", lambda _: self.norm.initial_log_alpha())
+        if self.is_initializing():
+            return self.module(*args, **kwargs)
 
         def to_effective(variables):
-            params = dict(variables.get("params", {}))
-            params.pop("log_alpha", None)
-            return {"params": self.norm.apply(params, alpha)}
+            return {"params": self.norm.apply(variables.get("params", {}), log_alpha)}
 
-        if self.is_initializing():
-            # By itself, since map_variables would store what it has mapped.
-            self.module(*args, **kwargs)
         call = nn.map_variables(
             lambda module: module(*args, **kwargs), "params", trans_in_fn=to_effective
         )
         return call(self.module)
 
-    def fold(self, params: Any) -> Any:
-        """The parameters on which the plain module does what this one does.
+    def fold(self, variables: Any) -> Any:
+        """The variables with which ``module`` by itself does what this one does.
 
         Args:
-          params: Those of this module, ``variables["params"]``.
+          variables: All of this module's, when it is the outermost one: parameters,
+            and batch statistics if there are.
 
-        Returns:
-          Those of ``module``: the map applied, once and for all.
+        Raises:
+          ValueError: They are not this module's.
         """
-        params = dict(params)
-        log_alpha = params.pop("log_alpha", None)
-        alpha = self.norm.alpha if log_alpha is None else jnp.exp(log_alpha)
-        return self.norm.apply(params, alpha)
+        if "module" not in variables.get("params", {}):
+            raise ValueError(
+                "variables must be all that init returned, with the parameters under "
+                f"['params']['module'], but have {list(variables)}."
+            )
+        log_alpha = variables["params"]["log_alpha"] if self.norm.learn else None
+        trees = variables.items()
+        plain = {kind: tree["module"] for kind, tree in trees if "module" in tree}
+        return plain | {"params": self.norm.apply(plain["params"], log_alpha)}

@@ -9,7 +9,7 @@ from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from weightreg._equivalent_norm import NormMap, equivalent_norm
+from weightreg._equivalent_norm import NormMap, check_wrapped, equivalent_norm
 from weightreg._parseval import convex_sum, initial_logits
 
 
@@ -72,7 +72,8 @@ class EquivalentNorm(nnx.Module):
     what the call changed other than parameters: batch statistics, counts of random
     numbers. The stored parameters are never written, so that
     ``nnx.state(model, nnx.Param)`` is what the optimizer trains; a learnt alpha adds
-    ``log_alpha`` to it.
+    ``log_alpha`` to it. Only ``__call__`` is wrapped: for another method, call it on
+    ``fold()``.
 
     Args:
       module: A layer or a whole network.
@@ -80,6 +81,7 @@ class EquivalentNorm(nnx.Module):
         those of ``nnx.state(module, nnx.Param)``.
 
     Raises:
+      TypeError: ``module`` or ``norm`` is something else.
       ValueError: As the map does, on a call.
 
     References:
@@ -98,6 +100,7 @@ class EquivalentNorm(nnx.Module):
     """
 
     def __init__(self, module: nnx.Module, norm: NormMap = equivalent_norm()):  # noqa: B008
+        check_wrapped(module, nnx.Module, norm)
         self.module = module
         self.norm = norm
         if norm.learn:
@@ -106,21 +109,22 @@ class EquivalentNorm(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module on the mapped weights."""
         folded = self.fold()
-        before = jax.tree.leaves(nnx.state(folded, _NOT_TRAINED))
+        before = _not_trained(folded)
         out = folded(*args, **kwargs)
-        after = nnx.state(folded, _NOT_TRAINED)
+        after = _not_trained(folded)
         # What is as it was need not be written, nor can it where a transformation of
         # JAX has caught the module from outside.
-        same = zip(before, jax.tree.leaves(after), strict=True)
-        if not all(old is new for old, new in same):
-            nnx.update(self.module, after)
+        if any(before.get(path) is not leaf for path, leaf in after.items()):
+            nnx.update(self.module, nnx.state(folded, nnx.Not(nnx.Param)))
         return out
 
     def fold(self) -> Any:
         """A copy of the module that does by itself what this one does."""
         graph, params, rest = nnx.split(self.module, nnx.Param, ...)
-        alpha = jnp.exp(self.log_alpha[...]) if self.norm.learn else self.norm.alpha
-        return nnx.merge(graph, self.norm.apply(params, alpha), rest, copy=True)
+        log_alpha = self.log_alpha[...] if self.norm.learn else None
+        return nnx.merge(graph, self.norm.apply(params, log_alpha), rest, copy=True)
 
 
-_NOT_TRAINED = nnx.Not(nnx.Param)
+def _not_trained(module: nnx.Module) -> dict[Any, Any]:
+    state = nnx.state(module, nnx.Not(nnx.Param))
+    return dict(jax.tree_util.tree_leaves_with_path(state))
