@@ -29,10 +29,12 @@ SETTINGS = {
     "tune_for": (str, "held-out accuracy, or that under fgsm"),
     "model": (str, "see benchmarks/models.py"),
     "optimizer": (str, "adam or momentum"),
+    "schedule": (str, "of the learning rate: constant, or steps, each to a tenth"),
     "epsilon": (float, "radius of the attacks, L-infinity"),
     "attacked": (int, "test examples that are attacked, at most"),
     "attack_steps": (int, "of PGD"),
     "restarts": (int, "of PGD"),
+    "sensitivity": (int, "training examples on which to measure GBR each epoch"),
 }
 
 
@@ -52,7 +54,9 @@ def compare(options: argparse.Namespace, console: Console) -> int:
     """Compares methods on a data set."""
     given = {name: getattr(options, name) for name in SETTINGS}
     given |= {"adversarial": options.adversarial, "data_dir": options.data_dir}
-    given["methods"] = options.methods and tuple(options.methods.split(","))
+    for name in ("methods", "augment"):
+        named = getattr(options, name)
+        given[name] = named and tuple(named.split(","))
     given["mapping"] = options.mapping or _mapping()
     from benchmarks.compare import Settings
 
@@ -190,12 +194,17 @@ def _parser() -> argparse.ArgumentParser:
         const=0.01,
         help="train on examples that PGD has moved by at most this (0.01)",
     )
-    add.add_argument("--methods", help="separated by commas; default: all")
+    add.add_argument("--methods", help="separated by commas; see benchmarks/methods.py")
+    add.add_argument(
+        "--augment", help="separated by commas: flip_crop,cutout,mixup,cutmix,smooth"
+    )
     _add_common(add)
     add.set_defaults(command=compare)
 
     add = commands.add_parser("experiment", help="repeat a table of a paper")
-    add.add_argument("name", choices=("weissi-table1", "volumization-table2"))
+    add.add_argument(
+        "name", choices=("weissi-table1", "volumization-table2", "enc-tables")
+    )
     add.add_argument("--scale", choices=("cpu", "full"), default="cpu")
     add.add_argument("--parts", help="separated by commas; default: all")
     _add_common(add)

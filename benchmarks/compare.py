@@ -9,16 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import weightreg as wr
 from benchmarks import data as data_module
 from benchmarks import models, robustness
+from benchmarks.augment import AUGMENTATIONS
 from benchmarks.cost import relative_times
 from benchmarks.data import Dataset
 from benchmarks.methods import BASES, METHODS, Method, Space, at_edge, trials
+from benchmarks.models import Variables
 from benchmarks.record import environment, save
 from benchmarks.train import (
     ADVERSARY_STEPS,
+    PROBES,
+    SENSITIVE,
     Arrays,
     Labels,
     Measured,
@@ -43,10 +48,14 @@ DEFAULTS = {
     "cifar10": {"epochs": 20, "batch": 128, "tuning_seeds": 2, "epsilon": 8 / 255},
 }
 
+# Where the learning rate is divided by ten, in shares of all steps.
+DROPS = {"constant": (), "steps": (0.3, 0.6, 0.9)}
+
 COUNTS = ("seeds", "epochs", "batch", "trials", "tuning_seeds", "examples", "attacked")
 CHOICES = {
     "model": models.MODELS,
     "optimizer": BASES,
+    "schedule": DROPS,
     "tune_for": ("accuracy", "fgsm"),
     "mapping": ("devices", "vmap"),
 }
@@ -67,7 +76,10 @@ class Settings:
     methods: tuple[str, ...] = ("none", "weight_decay", "l2", "volumization", "weissi")
     model: str
     optimizer: str = "adam"
+    schedule: str = "constant"
+    augment: tuple[str, ...] = ()
     adversarial: float = 0.0
+    sensitivity: int = 0
     tune_for: str = "accuracy"
     examples: int | None = None
     epsilon: float
@@ -100,22 +112,45 @@ class Settings:
                     f"{name} must be among {', '.join(known)}, not "
                     f"{getattr(self, name)!r}."
                 )
+        if unknown := set(self.augment) - set(AUGMENTATIONS):
+            raise ValueError(
+                f"augment must be among {', '.join(AUGMENTATIONS)}, not "
+                f"{', '.join(unknown)}."
+            )
         if unknown := set(self.methods) - set(METHODS):
             raise ValueError(
                 f"methods must be among {', '.join(METHODS)}, not {', '.join(unknown)}."
             )
+        self._check_methods()
         if len(set(self.methods)) < max(len(self.methods), 1):
             raise ValueError(
                 f"methods must be one or more, named once each, not {self.methods}."
             )
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must be in [0, 1], but is {self.noise}.")
-        for name in ("epsilon", "adversarial"):
+        for name in ("epsilon", "adversarial", "sensitivity"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"{name} must be at least 0, but is {getattr(self, name)}."
                 )
         self.attacks()
+
+    def _check_methods(self) -> None:
+        """Refuses methods that this network or optimizer would put at a loss."""
+        normed = isinstance(models.make(self.model, 1), models.NORMED)
+        for name in self.methods:
+            method = METHODS[name]
+            if method.norm and not normed:
+                raise ValueError(
+                    f"methods has {name}, which needs a normalization after every "
+                    f"layer: model must be mlp_norm, resnet_norm or such, not "
+                    f"{self.model}."
+                )
+            if method.fixed and self.optimizer != "momentum":
+                raise ValueError(
+                    f"methods has {name}, whose settings are for momentum: optimizer "
+                    f"must be momentum, not {self.optimizer}."
+                )
 
     @property
     def last(self) -> int:
@@ -127,6 +162,8 @@ class Settings:
         words = [self.dataset, f"noise{round(100 * self.noise)}"]
         words += [self.model] * (self.model != models.DEFAULT[self.dataset])
         words += [self.optimizer] * (self.optimizer != "adam")
+        words += ["steps"] * (self.schedule == "steps")
+        words += self.augment
         words += ["adversarial"] * (self.adversarial > 0)
         return "-".join(words)
 
@@ -139,14 +176,29 @@ class Settings:
         """How hard networks are attacked in the end."""
         return robustness.Settings(steps=self.attack_steps, restarts=self.restarts)
 
-    def training(self, method: str, classes: int, attacked: bool = False) -> Training:
-        """How runs of a method are trained, and whether they are attacked meanwhile."""
+    def training(self, method: str, data: Dataset, tuning: bool = False) -> Training:
+        """How runs of a method are trained, and what is measured meanwhile."""
+        attacked = tuning and self.tune_for == "fgsm"
+        build = functools.partial(METHODS[method].build, base=self.optimizer)
         return Training(
-            model=models.make(self.model, classes),
-            optimizer=functools.partial(METHODS[method].build, base=self.optimizer),
+            model=models.make(self.model, data.classes),
+            classes=data.classes,
+            optimizer=functools.partial(build, shrink=self._shrink(data)),
             batch=self.batch,
             adversary=self.adversarial,
             epsilon=self.epsilon if attacked else None,
+            norm=METHODS[method].norm,
+            augment=self.augment,
+            sensitivity=0 if tuning else self.sensitivity,
+        )
+
+    def _shrink(self, data: Dataset) -> optax.Schedule | None:
+        """What the learning rate is multiplied by at each step, if not by 1."""
+        if not (drops := DROPS[self.schedule]):
+            return None
+        steps = len(_split(data, self)[0]) // self.batch * self.epochs
+        return optax.piecewise_constant_schedule(
+            1.0, {round(share * steps): 0.1 for share in drops}
         )
 
     def command(self) -> str:
@@ -154,10 +206,12 @@ class Settings:
         words = ["python -m benchmarks compare"]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("methods", "data_dir") or value is None:
+            if field.name in ("methods", "data_dir", "augment") or value is None:
                 continue
-            text = f"{value:.6g}" if isinstance(value, float) else f"{value}"
-            words.append(f"--{field.name.replace('_', '-')} {text}")
+            if (field.name, value) in (("schedule", "constant"), ("sensitivity", 0)):
+                continue
+            words.append(f"--{field.name.replace('_', '-')} {value}")
+        words += [f"--augment {','.join(self.augment)}"] * bool(self.augment)
         words.append(f"--methods {','.join(self.methods)}")
         return " ".join(words + (["--data-dir DATA"] if self.data_dir else []))
 
@@ -208,7 +262,7 @@ def tune(name: str, data: Dataset, settings: Settings, tick: Tick) -> dict:
     noisy = [_noisy(data, settings, seed) for seed in seeds]
     rows = lambda part: np.repeat([n[part] for n in noisy], len(tried), axis=0)  # noqa: E731
     measured, _ = _train(
-        settings.training(name, data.classes, settings.tune_for == "fgsm"),
+        settings.training(name, data, tuning=True),
         Arrays(jnp.asarray(data.x_train[train]), jnp.asarray(data.x_train[held_out])),
         Labels(jnp.asarray(rows(train)), jnp.asarray(rows(held_out))),
         np.repeat(seeds, len(tried)),
@@ -241,17 +295,23 @@ def final(
 ) -> dict:
     """Trains fresh seeds with the chosen hyperparameters, then tests and attacks."""
     seeds = list(range(settings.seeds))
-    measured, params = _final_runs(
+    measured, networks = _final_runs(
         name, chosen, data, settings, seeds, lambda: tick(METHODS[name].label)
     )
     curves = measured.accuracy
     last = curves[:, -settings.last :].mean(1)
-    attacked, warnings = attack(params, data, settings, source)
+    attacked, warnings = attack(networks, data, settings, source)
     metrics = {"best": curves.max(1), "last": last} | attacked
+    known = {}
+    if settings.sensitivity:
+        gbr = {f"gbr of {f}": measured.gbr[..., i] for i, f in enumerate(SENSITIVE)}
+        metrics |= {name: values[:, -1] for name, values in gbr.items()}
+        known = {"training_accuracy": measured.training_accuracy, **gbr}
     return {
         "test_accuracy": _rounded(curves),
         "log_energy": _rounded(measured.log_energy),
         "complexity": _rounded(measured.complexity),
+        **{name: _rounded(values) for name, values in known.items()},
         "metrics": {
             metric: {
                 "seeds": [_round(v) for v in values],
@@ -261,27 +321,30 @@ def final(
             for metric, values in metrics.items()
         },
         "warnings": warnings,
-        "strength": strength(params[0], data, settings, source),
-        "gradients": gradients(params, data, settings),
-        "weights": weights(name, chosen, params[0]),
+        "strength": strength(networks[0], data, settings, source),
+        "gradients": gradients(networks, data, settings),
+        "weights": weights(name, chosen, networks[0]["params"]),
     }
 
 
 def attack(
-    params: list[Any], data: Dataset, settings: Settings, source: robustness.Network
+    networks: list[Variables],
+    data: Dataset,
+    settings: Settings,
+    source: robustness.Network,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Accuracy of each network under each attack, and warnings of masked gradients."""
     x, y = _attacked_examples(data, settings)
     found = [
         robustness.evaluate(
-            robustness.Network(source.logits, p),
+            robustness.Network(source.logits, network),
             x,
             y,
             settings.epsilon,
             settings.attacks(),
             source,
         )
-        for p in params
+        for network in networks
     ]
     rows = [robustness.accuracies(f) for f in found]
     metrics = {a: np.array([row[a] for row in rows]) for a in rows[0] if a != "clean"}
@@ -290,29 +353,31 @@ def attack(
 
 
 def strength(
-    params: Any, data: Dataset, settings: Settings, source: robustness.Network
+    network: Variables, data: Dataset, settings: Settings, source: robustness.Network
 ) -> dict[str, list[float | None]]:
     """Accuracy of one network over the strength of attacks."""
     x, y = _attacked_examples(data, settings)
     epsilons = [settings.epsilon * s for s in STRENGTHS] if settings.epsilon else [0.0]
-    network = robustness.Network(source.logits, params)
-    rows = robustness.curve(network, x, y, epsilons, settings.attacks(), source)
+    attacked = robustness.Network(source.logits, network)
+    rows = robustness.curve(attacked, x, y, epsilons, settings.attacks(), source)
     return {name: [_round(v) for v in values] for name, values in rows.items()}
 
 
-def gradients(params: list[Any], data: Dataset, settings: Settings) -> dict[str, list]:
+def gradients(
+    networks: list[Variables], data: Dataset, settings: Settings
+) -> dict[str, list]:
     """A histogram of the norms of input gradients, over test examples and seeds."""
     model = models.make(settings.model, data.classes)
     x, y = _attacked_examples(data, settings)
-    norms = np.concatenate([_gradient_norms(model, p, x, y) for p in params])
+    norms = np.concatenate([_gradient_norms(model, n, x, y) for n in networks])
     counts, edges = _histogram(np.log10(np.maximum(norms, 1e-20)))
     return {"counts": counts, "log10_edges": edges}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradient_norms(model, params, x, y) -> jax.Array:
+def _gradient_norms(model, network, x, y) -> jax.Array:
     def loss(x, y):
-        return example_loss(model, params, x[None], y[None])[0]
+        return example_loss(model, network, x[None], y[None])[0]
 
     return wr.input_gradient_norms(loss, x, y, batch_size=100)
 
@@ -343,7 +408,7 @@ def step_times(data: Dataset, settings: Settings, results: dict) -> dict[str, fl
     chosen |= {name: entry["tuning"]["chosen"] for name, entry in results.items()}
     steps, carries = {}, {}
     for name, hyper in chosen.items():
-        training = settings.training(name, data.classes)
+        training = settings.training(name, data)
         step, *carries[name] = make_step(training, hyper, x)
 
         def several(carry, step=step):  # one step alone is too short to time
@@ -352,7 +417,7 @@ def step_times(data: Dataset, settings: Settings, results: dict) -> dict[str, fl
             return carry
 
         steps[name] = several
-    times = relative_times(steps, carries)
+    times = relative_times(steps, carries, seconds=60)
     return {name: times[name] for name in results}
 
 
@@ -360,18 +425,18 @@ def _source(data: Dataset, settings: Settings, tick: Tick) -> robustness.Network
     """An unregularized network, trained like the others, to transfer attacks from."""
     hyper = {"learning_rate": BASES[settings.optimizer].usual}
     seeds = [SOURCE_SEED]
-    _, (params,) = _final_runs(
+    _, (network,) = _final_runs(
         "none", hyper, data, settings, seeds, lambda: tick("a network to attack with")
     )
     model = models.make(settings.model, data.classes)
-    return robustness.Network(functools.partial(models.logits, model), params)
+    return robustness.Network(functools.partial(models.logits, model), network)
 
 
 def _space(method: Method, data: Dataset, settings: Settings) -> Space:
     """Where a method's hyperparameters are searched."""
     model = models.make(settings.model, data.classes)
-    params, _ = initialize(model, TUNING_SEED, jnp.asarray(data.x_train[:1]))
-    return method.whole_space(settings.optimizer, params)
+    variables, _ = initialize(model, TUNING_SEED, jnp.asarray(data.x_train[:1]))
+    return method.whole_space(settings.optimizer, variables["params"])
 
 
 def _final_runs(name, hyper, data, settings, seeds, tick):
@@ -382,15 +447,15 @@ def _final_runs(name, hyper, data, settings, seeds, tick):
         jnp.tile(data.y_test, (len(seeds), 1)),
     )
     arrays = Arrays(jnp.asarray(data.x_train[train]), jnp.asarray(data.x_test))
-    training = settings.training(name, data.classes)
+    training = settings.training(name, data)
     hypers = [hyper] * len(seeds)
     return _train(training, arrays, labels, seeds, hypers, settings, tick)
 
 
 def _train(
     training, arrays, labels, seeds, hyper, settings, tick
-) -> tuple[Measured, list[Any]]:
-    """What is measured, (runs, epochs), and the parameters in the end."""
+) -> tuple[Measured, list[Variables]]:
+    """What is measured, (runs, epochs), and the networks in the end."""
     population = Population(training, arrays, settings.mapping)
     progress = population.start(seeds, hyper, labels)
     rows = []
@@ -399,7 +464,7 @@ def _train(
         rows.append(measured)
         tick()
     stacked = jax.tree.map(lambda *epochs: np.stack(epochs, axis=1), *rows)
-    return stacked, population.params(progress)
+    return stacked, population.networks(progress)
 
 
 def _split(data: Dataset, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
@@ -427,8 +492,10 @@ def _histogram(values: Any) -> tuple[list[int], list[float]]:
 
 
 def _round(x: Any) -> float | None:
-    """For the record: JSON has no infinities, nor NaN."""
-    return round(float(x), 5) if np.isfinite(x) else None
+    """For the record: five digits. JSON has no infinities, nor NaN."""
+    if not np.isfinite(x):
+        return None
+    return float(f"{x:.5g}") if abs(x) < 1 else round(float(x), 5)
 
 
 def _rounded(curves: np.ndarray) -> list[list[float | None]]:
@@ -445,6 +512,7 @@ def _header(settings: Settings, data: Dataset) -> dict:
         "fixed": {
             "model": models.describe(models.make(settings.model, data.classes)),
             "adversary_steps": ADVERSARY_STEPS,
+            "probes": PROBES,
             "tuning_seeds": [TUNING_SEED + i for i in range(settings.tuning_seeds)],
             "seeds": list(range(settings.seeds)),
             "source_seed": SOURCE_SEED,

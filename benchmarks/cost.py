@@ -1,10 +1,11 @@
 """What a step of an optimizer costs: time, memory traffic and temporaries."""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +33,43 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     ),
 }
 TRAINED = ("mlp1024", "cnn16")
-# Whole training steps with momentum: what is added to the loss, and to the chain.
-PENALTIES: dict[str, tuple[Callable[[Any], Any], optax.GradientTransformation]] = {
-    "none": (lambda params: 0.0, optax.identity()),
-    "add_decayed_weights": (
-        lambda params: 0.0,
-        optax.add_decayed_weights(1e-4, mask=wr.weight_mask),
+
+
+class Regularizer(NamedTuple):
+    """What a training step has beside the network's own loss and the optimizer.
+
+    Attributes:
+      penalty: Added to the loss.
+      link: Comes before the optimizer.
+      norm: From what is trained to what the network runs on.
+    """
+
+    penalty: Callable[[Any], Any] = lambda params: 0.0
+    link: optax.GradientTransformation = optax.identity()
+    norm: Callable[[Any], Any] = lambda params: params
+
+
+ENC = wr.equivalent_norm()
+# Of whole training steps with momentum.
+REGULARIZERS = {
+    "none": Regularizer(),
+    "add_decayed_weights": Regularizer(
+        link=optax.add_decayed_weights(1e-4, mask=wr.weight_mask)
     ),
-    "weissi in the loss": (wr.weissi(ENERGY, COMPLEXITY), optax.identity()),
-    "add_weissi": (lambda params: 0.0, wr.add_weissi(ENERGY, COMPLEXITY)),
+    "weissi in the loss": Regularizer(wr.weissi(ENERGY, COMPLEXITY)),
+    "add_weissi": Regularizer(link=wr.add_weissi(ENERGY, COMPLEXITY)),
+    "equivalent_norm": Regularizer(norm=ENC),
+    "equivalent_norm and add_shifted_l2": Regularizer(
+        link=wr.add_shifted_l2(1e-4, 1e-3), norm=ENC
+    ),
 }
 
 
 def relative_times(
-    steps: dict[str, Callable[[Any], Any]], carries: dict[str, Any], rounds: int = 200
+    steps: dict[str, Callable[[Any], Any]],
+    carries: dict[str, Any],
+    rounds: int = 200,
+    seconds: float = math.inf,
 ) -> dict[str, float]:
     """Time of each step over that of the first: the median of ratios.
 
@@ -55,12 +79,16 @@ def relative_times(
     Args:
       steps: Compiled functions from a carry to the next.
       carries: What each starts from.
-      rounds: How many turns each has.
+      rounds: How many turns each has, at most.
+      seconds: After how long no further turn begins, once each has had ten.
     """
     rng = np.random.default_rng(0)
     carries = {name: step(carries[name]) for name, step in steps.items()}  # warm up
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    begun = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= 10 and time.perf_counter() - begun > seconds:
+            break
         for name in rng.permutation(list(steps)).tolist():
             jax.block_until_ready(carries[name])
             start = time.perf_counter()
@@ -100,28 +128,47 @@ def memory(compiled, parameters: int) -> dict[str, float]:
 
 
 def training_times(model: str, batch: int, rounds: int) -> dict[str, float]:
-    """Times of training steps with each of `PENALTIES`, relative to none."""
-    network = models.make(model, 10)
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.uniform(size=(batch, 28, 28)), jnp.float32)
-    y = jnp.asarray(rng.integers(0, 10, batch))
+    """Times of training steps with each of `REGULARIZERS`, relative to none."""
+    network, x, y = _task(model, batch)
     steps, carries = {}, {}
-    for name, (penalty, link) in PENALTIES.items():
+    for name, (penalty, link, norm) in REGULARIZERS.items():
         tx = optax.chain(link, optax.sgd(1e-3, momentum=0.9))
 
         @functools.partial(jax.jit, donate_argnums=0)
-        def step(carry, tx=tx, penalty=penalty):
+        def step(carry, tx=tx, penalty=penalty, norm=norm):
             params, state = carry
 
             def loss(params):
-                return example_loss(network, params, x, y).mean() + penalty(params)
+                variables = {"params": norm(params)}
+                return example_loss(network, variables, x, y).mean() + penalty(params)
 
             updates, state = tx.update(jax.grad(loss)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        params, _ = initialize(network, 0, x[:1])
+        params = initialize(network, 0, x[:1])[0]["params"]
         steps[name], carries[name] = step, (params, tx.init(params))
     return relative_times(steps, carries, rounds)
+
+
+def inference_times(model: str, batch: int, rounds: int) -> dict[str, float]:
+    """Times of inference without the map, after it was folded in, and with it."""
+    network, x, _ = _task(model, batch)
+    params = initialize(network, 0, x[:1])[0]["params"]
+    plain = jax.jit(lambda p: models.logits(network, {"params": p}, x))
+    mapped = jax.jit(lambda p: models.logits(network, {"params": ENC(p)}, x))
+    steps = {"plain": plain, "folded": plain, "mapped in every call": mapped}
+    # Each its own, or whoever shares them with another would find them in the cache.
+    copy = jax.tree.map(jnp.copy, params)
+    given = {"plain": params, "folded": ENC(params), "mapped in every call": copy}
+    runs = {k: lambda _, k=k, step=step: step(given[k]) for k, step in steps.items()}
+    return relative_times(runs, dict.fromkeys(runs), rounds)
+
+
+def _task(model: str, batch: int):
+    """A network, and a batch of noise."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(size=(batch, 28, 28)), jnp.float32)
+    return models.make(model, 10), x, jnp.asarray(rng.integers(0, 10, batch))
 
 
 def run(side: int, rounds: int) -> dict:
@@ -146,4 +193,5 @@ def run(side: int, rounds: int) -> dict:
             for name in OPTIMIZERS
         },
         "training": {model: training_times(model, 100, rounds) for model in TRAINED},
+        "inference": {model: inference_times(model, 100, rounds) for model in TRAINED},
     }

@@ -57,6 +57,8 @@ class Method:
         has a size that no fixed range can foresee.
       fixed: All hyperparameters, for a method that is not tuned.
       volume: From hyperparameters to a volume rule, if weights have walls.
+      norm: From hyperparameters to a map, see ``weightreg.equivalent_norm``, if the
+        network does not run on the weights that are trained.
     """
 
     label: str
@@ -65,10 +67,16 @@ class Method:
     log_size: Callable[[Any], jax.Array] | None = None
     fixed: Hyperparameters | None = None
     volume: Callable[[Hyperparameters], Callable] | None = None
+    norm: Callable[[Hyperparameters], Any] | None = None
 
-    def build(self, hyper: Hyperparameters, base: str) -> optax.GradientTransformation:
-        """The optimizer for some hyperparameters."""
-        rate = optax.scale_by_learning_rate(hyper["learning_rate"])
+    def build(
+        self, hyper: Hyperparameters, base: str, shrink: optax.Schedule | None = None
+    ) -> optax.GradientTransformation:
+        """The optimizer for some hyperparameters, whose learning rate may shrink."""
+        learning_rate = hyper["learning_rate"]
+        rate = optax.scale_by_learning_rate(
+            (lambda count: learning_rate * shrink(count)) if shrink else learning_rate
+        )
         return self.optimizer(hyper, BASES[base].direction(), rate)
 
     def whole_space(self, base: str, params: Any) -> Space:
@@ -123,6 +131,38 @@ def _parseval(h, direction, rate):
     decay = optax.add_decayed_weights(2e-4, mask=_last_layer)
     step = wr.parseval(h["beta"], mask=_other_layers)
     return optax.chain(decay, direction, rate, step)
+
+
+def _shifted_l2(scope, center):
+    """In the place of L2 where weights are mapped."""
+
+    def optimizer(h, direction, rate):
+        form = {"scope": scope, "center": center}
+        penalty = wr.add_shifted_l2(h["strength"], h["epsilon"], **form)
+        return optax.chain(penalty, direction, rate)
+
+    return optimizer
+
+
+class Rescaled:
+    """An equivalent norm, but of a squared norm that differs between layers.
+
+    Args:
+      center: As in ``weightreg.equivalent_norm``, of every unit.
+      squared_norm: From a ``WeightLayer``.
+    """
+
+    def __init__(self, center: bool, squared_norm: Callable[[Any], float]):
+        self._norm = wr.equivalent_norm("unit", center)
+        self._squared_norm = squared_norm
+        self.init = self._norm.init
+
+    def __call__(self, params: Any) -> Any:
+        """What the network runs on."""
+        leaves, treedef = jax.tree.flatten(self._norm(params))
+        for layer in wr.weight_layers(params):
+            leaves[layer.index] *= math.sqrt(self._squared_norm(layer))
+        return jax.tree.unflatten(treedef, leaves)
 
 
 def _volumization(h, direction, rate):
@@ -184,7 +224,59 @@ METHODS: dict[str, Method] = {
         fixed={"learning_rate": 0.1, "energy": 1e-6, "complexity": 1e-5},
     ),
 }
-TUNED = tuple(name for name, method in METHODS.items() if not method.fixed)
+# Li, Chen and Yang, section 5.1; the numbers of shifted L2 are those of its authors.
+_RECIPE = {"learning_rate": 0.1, "strength": 1e-4}
+_SHIFTED = {**_RECIPE, "epsilon": 1e-3}
+# Equations 20 to 23: scope, and whether means are taken away.
+_FORMS = {
+    20: ("layer", False),
+    21: ("unit", False),
+    22: ("unit", True),
+    23: ("layer", True),
+}
+
+
+def _enc(label: str, scope: str = "unit", center: bool = True, **norm: Any) -> Method:
+    """An equivalent norm at the paper's settings."""
+    optimizer = _shifted_l2(scope, center)
+    mapped = wr.equivalent_norm(scope, center, **norm)
+    return Method(label, optimizer, fixed=_SHIFTED, norm=lambda h: mapped)
+
+
+METHODS["enc"] = Method(
+    "ENC",
+    _shifted_l2("unit", True),
+    {"strength": (1e-5, 1e-1), "epsilon": (1e-4, 1e-1)},
+    norm=lambda h: wr.equivalent_norm(),
+)
+METHODS |= {
+    f"enc_eq{number}": _enc(f"ENC, eq. {number}", *form)
+    for number, form in _FORMS.items()
+}
+METHODS |= {
+    f"enc_alpha{alpha:g}": _enc(f"ENC, alpha {alpha:g}", alpha=alpha)
+    for alpha in (0.5, 2.0)
+}
+METHODS["enc_learnt"] = _enc("ENC, alpha learnt", learn=True)
+METHODS |= {
+    f"l2_{strength:g}": Method(
+        f"L2 {strength:g}", _l2, fixed={"learning_rate": 0.1, "strength": strength}
+    )
+    for strength in (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
+}
+# Every unit of norm 1 (WN), or of standard deviation 1 (WS).
+METHODS["wn"] = Method(
+    "weight normalization",
+    _l2,
+    fixed=_RECIPE,
+    norm=lambda h: Rescaled(False, lambda layer: layer.fan_out // layer.window),
+)
+METHODS["ws"] = Method(
+    "weight standardization",
+    _l2,
+    fixed=_RECIPE,
+    norm=lambda h: Rescaled(True, lambda layer: math.prod(layer.shape)),
+)
 
 
 def trials(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:

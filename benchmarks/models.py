@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from weightreg.linen import ConvexSum
+
+# Parameters, and the statistics of batches in networks that have them.
+Variables = Mapping[str, Any]
 
 HE = nn.initializers.he_uniform()  # where a ReLU follows
 
@@ -209,6 +212,96 @@ class ResNet(nn.Module):
         return nn.Dense(self.classes, kernel_init=nn.initializers.zeros)(Shift()(h))
 
 
+class NormBlock(nn.Module):
+    """A residual block of ResNet, with a normalization after every kernel.
+
+    Attributes:
+      features: Channels of the inner convolutions.
+      strides: Of the first convolution of a 3 by 3 window, and of the shortcut.
+      bottleneck: Whether one convolution of a 3 by 3 window is between two of 1 by 1,
+        the last to four times as many channels, as in ResNet-50.
+    """
+
+    features: int
+    strides: int
+    bottleneck: bool
+
+    @nn.compact
+    def __call__(self, h: jax.Array, train: bool) -> jax.Array:
+        """Maps (batch, height, width, channels) to as much by ``strides``."""
+        n, s = self.features, self.strides
+        # Features, window, strides.
+        plain = (n, 3, s), (n, 3, 1)
+        layers = ((n, 1, 1), (n, 3, s), (4 * n, 1, 1)) if self.bottleneck else plain
+        x = h
+        for i, (features, window, strides) in enumerate(layers):
+            x = nn.relu(x) if i else x
+            x = _normalized(x, features, window, strides, train)
+        if h.shape != x.shape:
+            h = _normalized(h, x.shape[-1], 1, self.strides, train)
+        return nn.relu(h + x)
+
+
+class NormResNet(nn.Module):
+    """A residual network with batch normalization after every kernel, last too.
+
+    Attributes:
+      classes: Number of classes.
+      blocks: Residual blocks in each group; each but the first group begins with half
+        the resolution, and has twice the channels.
+      width: Channels of the first convolution, and inner ones of the first group.
+      strides: Of the first convolution.
+      bottleneck: See `NormBlock`.
+    """
+
+    classes: int
+    blocks: Sequence[int] = (1, 1, 1)
+    width: int = 16
+    strides: int = 2
+    bottleneck: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images, see `as_images`, to logits of shape (batch, classes)."""
+        h = nn.relu(_normalized(as_images(x), self.width, 3, self.strides, train))
+        for group, count in enumerate(self.blocks):
+            for i in range(count):
+                strides = 2 if group and not i else 1
+                features = self.width * 2**group
+                h = NormBlock(features, strides, self.bottleneck)(h, train)
+        h = nn.Dense(self.classes, use_bias=False)(h.mean((1, 2)))
+        return _norm(h, train)
+
+
+class NormMLP(nn.Module):
+    """Dense layers, each followed by batch normalization, with ReLU between them."""
+
+    hidden: Sequence[int]
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps inputs of shape (batch, ...) to logits of shape (batch, classes)."""
+        x = x.reshape(x.shape[0], -1)
+        for features in self.hidden:
+            dense = nn.Dense(features, use_bias=False, kernel_init=HE)
+            x = nn.relu(_norm(dense(x), train))
+        return _norm(nn.Dense(self.classes, use_bias=False)(x), train)
+
+
+NORMED = (NormResNet, NormMLP)  # a normalization follows every layer
+
+
+def _norm(x: jax.Array, train: bool) -> jax.Array:
+    # Networks here see few batches: statistics must follow faster than Flax's do.
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+
+
+def _normalized(x, features: int, window: int, strides: int, train: bool) -> jax.Array:
+    x = Convolution(features, window, strides, use_bias=False, kernel_init=HE)(x)
+    return _norm(x, train)
+
+
 def as_images(x: jax.Array) -> jax.Array:
     """Inputs with an axis of channels, which those of one channel may lack."""
     if x.ndim not in (3, 4):
@@ -231,6 +324,10 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "cnn128": lambda classes: UnstridedCNN((128, 128), classes),
     "resnet": lambda classes: ResNet(classes),
     "resnet_convex": lambda classes: ResNet(classes, convex=True),
+    # With a normalization after every layer, as equivalent norms need it.
+    "mlp_norm": lambda classes: NormMLP((256,), classes),
+    "resnet_norm": lambda classes: NormResNet(classes),
+    "resnet50": lambda classes: NormResNet(classes, (3, 4, 6, 3), 64, 1, True),
 }
 DEFAULT = {"digits": "mlp", "mnist": "mlp", "cifar10": "cnn"}
 
@@ -246,11 +343,20 @@ def make(name: str, classes: int) -> nn.Module:
     return MODELS[name](classes)
 
 
-def logits(model: nn.Module, params: Any, x: jax.Array) -> jax.Array:
-    """The network's outputs, of shape (batch, classes)."""
-    out = model.apply({"params": params}, x)
+def logits(model: nn.Module, variables: Variables, x: jax.Array) -> jax.Array:
+    """The network's outputs in inference mode, of shape (batch, classes)."""
+    out = model.apply(variables, x)
     assert isinstance(out, jax.Array)  # apply may also give a pair
     return out
+
+
+def training_logits(
+    model: nn.Module, variables: Variables, x: jax.Array
+) -> tuple[jax.Array, Variables]:
+    """The outputs by the batch's own statistics, and the statistics after it."""
+    if "batch_stats" not in variables:
+        return logits(model, variables, x), {}
+    return model.apply(variables, x, train=True, mutable=["batch_stats"])
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+from typing import Any
 
 import matplotlib
 
@@ -14,6 +15,7 @@ from benchmarks import models
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLOURS += ("#56B4E9", "#F0E442", "#882255", "#999999")  # and two more
 NAMES = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
 
 
@@ -21,17 +23,43 @@ def draw(result: dict, out: pathlib.Path) -> list[pathlib.Path]:
     """Draws what is finished of a comparison, beside the JSON file ``out``."""
     if not result["results"]:
         return []
-    plots = (accuracy, energy, gradients, strength, weights)
+    plots = [accuracy, energy, gradients, strength, weights]
+    plots += [sensitivity] * bool(result["settings"].get("sensitivity"))
     return [plot(result, out) for plot in plots]
 
 
 def accuracy(result: dict, out: pathlib.Path) -> pathlib.Path:
-    """Test accuracy over epochs: mean over seeds, and one standard deviation."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    """Accuracy over epochs: mean over seeds, and one standard deviation.
+
+    That on training examples, where it is known, is dashed (GBR, Figure 2).
+    """
+    trained = bool(result["settings"].get("sensitivity"))
+    width = 9 if _many(result) else 7
+    figure, axes = plt.subplots(figsize=(width, 4.2), layout="constrained")
     _over_epochs(axes, result, "test_accuracy", 100)
     axes.set(ylabel="test accuracy (%)", title=title(result))
-    axes.legend()
+    _legend(figure, axes, result)
+    if trained:
+        _over_epochs(axes, result, "training_accuracy", 100, ls="--", lw=1, band=False)
+        count = result["settings"]["sensitivity"]
+        axes.set(ylabel=f"accuracy (%); dashed: {count} training examples")
     return _save(figure, out, "accuracy")
+
+
+def sensitivity(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """The generalization-bound regularizer over epochs (GBR, Figures 1 and 3)."""
+    shown = next(iter(result["results"].values()))
+    names = [name for name in shown if name.startswith("gbr of ")]
+    width = 14 if _many(result) else 12
+    figure, grid = plt.subplots(1, 3, figsize=(width, 4), layout="constrained")
+    for axes, name in zip(grid, names, strict=True):
+        _over_epochs(axes, result, name, 1)
+        axes.set(yscale="log", title=name.replace("gbr", "GBR"))
+    grid[0].set_ylabel("mean squared norm of the input Jacobian")
+    _legend(figure, grid[-1], result)
+    count = result["settings"]["sensitivity"]
+    figure.suptitle(f"{title(result)}, on {count} training examples")
+    return _save(figure, out, "sensitivity")
 
 
 def energy(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -124,11 +152,13 @@ def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
 def title(result: dict) -> str:
     """What was compared, in one line."""
     s = result["settings"]
-    words = [NAMES[s["dataset"]]]
+    jpeg = " (as JPEG)" * ("JPEG" in result["data"]["source"])
+    words = [NAMES[s["dataset"]] + jpeg]
     if s["noise"] or not result.get("experiment"):
         words.append(f"{s['noise']:.0%} of training labels wrong")
     if s["model"] != models.DEFAULT[s["dataset"]]:
         words.append(s["model"])
+    words += s.get("augment") or []
     if s["adversarial"]:
         words.append(f"adversarial training within {s['adversarial']:.2g}")
     words.append(f"{s['seeds']} seed{'s' if s['seeds'] > 1 else ''}")
@@ -140,18 +170,33 @@ def _methods(result: dict):
     return zip(itertools.cycle(COLOURS), result["results"].values(), strict=False)
 
 
-def _over_epochs(axes, result: dict, name: str, factor: float) -> None:
+def _over_epochs(
+    axes, result: dict, name: str, factor: float, band: bool = True, **line: Any
+) -> None:
     for colour, entry in _methods(result):
         curves = factor * np.array(entry[name], float)  # None becomes NaN
         epochs = np.arange(1, curves.shape[1] + 1)
         mean, std = curves.mean(0), curves.std(0, ddof=1 if len(curves) > 1 else 0)
-        axes.plot(epochs, mean, color=colour, label=entry["label"])
-        axes.fill_between(
-            epochs, mean - std, mean + std, color=colour, alpha=0.15, lw=0
-        )
+        axes.plot(epochs, mean, color=colour, label=entry["label"], **line)
+        if band:
+            axes.fill_between(
+                epochs, mean - std, mean + std, color=colour, alpha=0.15, lw=0
+            )
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
+
+
+def _many(result: dict) -> bool:
+    return len(result["results"]) > 5
+
+
+def _legend(figure, axes, result: dict) -> None:
+    """Outside, where many methods would hide the curves."""
+    if _many(result):
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    else:
+        axes.legend()
 
 
 def _readable(path: str) -> str:

@@ -16,11 +16,18 @@ COLUMNS = {
     "pgd": "PGD",
     "worst": "all attacks",
 }
+# In the units of the outputs over those of the inputs, squared; not in percent.
+SENSITIVITY = {
+    "gbr of logits": "GBR (logits)",
+    "gbr of probabilities": "GBR (probabilities)",
+    "gbr of label probability": "GBR (label)",
+}
 RESULTS = pathlib.Path(__file__).parent / "results"
 # Blocks of the README, and the results they show.
 BLOCKS = {
     "results": "*-noise[0-9]*.json",
     "weissi": "weissi-table1-*.json",
+    "enc": "enc-tables-*.json",
     "cost": "cost-*.json",
 }
 
@@ -48,6 +55,9 @@ def rows(result: dict) -> list[list[str]]:
         for metric in COLUMNS:
             m = entry["metrics"][metric]
             cells.append(f"{100 * m['mean']:.1f} ± {100 * m['std']:.1f}")
+        for metric in _sensitivity(result):
+            m = entry["metrics"][metric]
+            cells.append(f"{m['mean']:.3g} ± {m['std']:.3g}")
         cells.append(f"{times[name]:.2f}" if name in times else "")
         table.append(cells)
     return table
@@ -55,7 +65,13 @@ def rows(result: dict) -> list[list[str]]:
 
 def header(result: dict) -> list[str]:
     """Names of the columns."""
-    return ["method", "tuned", *COLUMNS.values(), "step time"]
+    return [
+        "method",
+        "settings",
+        *COLUMNS.values(),
+        *_sensitivity(result).values(),
+        "step time",
+    ]
 
 
 def table(result: dict) -> Table:
@@ -109,11 +125,13 @@ def verdict(result: dict) -> list[str]:
 def markdown(result: dict) -> str:
     """The same table, sentences and settings for the README."""
     lines = [f"**{_heading(result)}**", ""]
-    lines += ["| " + " | ".join(header(result)) + " |", "| --- " * 8 + "|"]
+    lines += ["| " + " | ".join(header(result)) + " |"]
+    lines += ["| --- " * len(header(result)) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(result)]
     published, note = paper(result)
     for label, metrics in published.items():
         cells = [f"*{metrics[m]:.1f}*" if m in metrics else "" for m in COLUMNS]
+        cells += [""] * len(_sensitivity(result))
         lines.append(f"| *paper: {label}* | | {' | '.join(cells)} | |")
     lines += ["", *(f"- {line}" for line in verdict(result))]
     lines += [f"- {note}", ""] if note else [""]
@@ -133,14 +151,13 @@ def cost_markdown(result: dict) -> str:
             f"| `{name}` | {c['relative_time']:.2f} | {c['bytes']:.0f} "
             f"| {c['temporary_bytes']:.0f} |"
         )
-    lines += [
-        "",
-        f"| penalty | {' | '.join(result['training'])} |",
-        "| --- | --- | --- |",
-    ]
-    for name in next(iter(result["training"].values())):
-        times = (f"{step[name]:.2f}" for step in result["training"].values())
-        lines.append(f"| `{name}` | {' | '.join(times)} |")
+    for kind, what in (("training", "training step"), ("inference", "inference")):
+        models = result[kind]
+        lines += ["", f"| {what} | {' | '.join(models)} |"]
+        lines += ["| --- " * (1 + len(models)) + "|"]
+        for name in next(iter(models.values())):
+            times = (f"{step[name]:.2f}" for step in models.values())
+            lines.append(f"| {_code(name)} | {' | '.join(times)} |")
     millions = result["parameters"] / 1e6
     lines += ["", f"`{result['command']}`, {millions:.1f} million float32 parameters,"]
     lines += [f"{result['device']}; times relative to the first."]
@@ -174,8 +191,17 @@ def update_readme(readme: pathlib.Path, check: bool = False) -> bool:
     return new == text
 
 
+def _sensitivity(result: dict) -> dict[str, str]:
+    return SENSITIVITY if result["settings"].get("sensitivity") else {}
+
+
 def _heading(result: dict) -> str:
     return f"{title(result)}, attacks within {result['settings']['epsilon']:.2g}"
+
+
+def _code(name: str) -> str:
+    """Names of functions as code."""
+    return " ".join(f"`{w}`" if "_" in w or w == "weissi" else w for w in name.split())
 
 
 def _percent(entry: dict, metric: str) -> str:

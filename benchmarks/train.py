@@ -14,9 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import weightreg as wr
 from benchmarks import models
+from benchmarks.augment import augment
 from benchmarks.methods import Hyperparameters
 
 ADVERSARY_STEPS = 3  # of PGD in every step of adversarial training
+# What the sensitivity of is measured; the authors of GBR do not say.
+SENSITIVE = ("logits", "probabilities", "label probability")
+PROBES = 2  # random projections an example, where there are several outputs
 
 
 class Arrays(NamedTuple):
@@ -34,9 +38,17 @@ class Labels(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a run is."""
+    """Where a run is.
+
+    Attributes:
+      params: What is trained.
+      stats: The network's other variables, such as statistics of batches.
+      opt_state: The optimizer's.
+      key: That the examples are shuffled by.
+    """
 
     params: Any
+    stats: models.Variables
     opt_state: Any
     key: jax.Array
 
@@ -49,12 +61,17 @@ class Measured(NamedTuple):
       attacked: Likewise, under FGSM, if that is asked for.
       log_energy: Of the weights, see ``weightreg.log_weight_energy``.
       complexity: Of the layers, see ``weightreg.layer_complexity``.
+      training_accuracy: On training examples that are not augmented, as they are
+        labelled, if sensitivity is asked for.
+      gbr: Likewise, the ``weightreg.gbr`` of each of `SENSITIVE`; (runs, 3).
     """
 
     accuracy: Any
     attacked: Any
     log_energy: Any
     complexity: Any
+    training_accuracy: Any
+    gbr: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,19 +80,36 @@ class Training:
 
     Attributes:
       model: The network.
+      classes: Number of classes.
       optimizer: From hyperparameters, which may be traced, to an optimizer.
       batch: Examples a step.
       adversary: Radius of the L-infinity ball in which PGD moves the examples of every
         step; 0 for ordinary training.
       epsilon: Radius of the FGSM that evaluation examples are attacked with; None for
         no attack.
+      norm: From hyperparameters to a map from what is trained to what the network
+        runs on, whose method ``init`` says what is trained; None for no map.
+      augment: Names of augmentations.
+      sensitivity: Training examples on which to measure the sensitivity to inputs.
     """
 
     model: nn.Module
+    classes: int
     optimizer: Callable[[Hyperparameters], optax.GradientTransformation]
     batch: int
     adversary: float = 0.0
     epsilon: float | None = None
+    norm: Callable[[Hyperparameters], Any] | None = None
+    augment: tuple[str, ...] = ()
+    sensitivity: int = 0
+
+    def init(self, hyper: Hyperparameters, params: Any) -> Any:
+        """What is trained, from a fresh network's parameters."""
+        return self.norm(hyper).init(params) if self.norm else params
+
+    def fold(self, hyper: Hyperparameters, params: Any) -> Any:
+        """What the network runs on."""
+        return self.norm(hyper)(params) if self.norm else params
 
 
 class Population:
@@ -97,6 +131,11 @@ class Population:
                 f"batch must be at most {arrays.x_train.shape[0]}, the number of "
                 f"training examples, but is {training.batch}."
             )
+        if training.sensitivity > arrays.x_train.shape[0]:
+            raise ValueError(
+                f"sensitivity must be at most {arrays.x_train.shape[0]}, the number of "
+                f"training examples, but is {training.sensitivity}."
+            )
         self._devices = jax.device_count() if mapping == "devices" else 1
         self._start = self._mapped(self._start_one, mapping)
         self._epoch = self._mapped(self._epoch_one, mapping, donate=True)
@@ -110,9 +149,9 @@ class Population:
         self._labels = self._spread(labels)
         model = self._training.model
         rows = [initialize(model, s, self._arrays.x_train[:1]) for s in seeds]
-        params, keys = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+        variables, keys = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
         return self._start(
-            self._spread(params), self._spread(keys), self._hyper, self._arrays
+            self._spread(variables), self._spread(keys), self._hyper, self._arrays
         )
 
     def epoch(self, progress: Progress) -> tuple[Progress, Measured]:
@@ -122,50 +161,61 @@ class Population:
         )
         return progress, jax.tree.map(lambda x: np.asarray(x)[: self._runs], measured)
 
-    def params(self, progress: Progress) -> list[Any]:
-        """The parameters of every run."""
-        stacked = jax.device_get(progress.params)
+    def networks(self, progress: Progress) -> list[models.Variables]:
+        """What every run's network is: folded, with its statistics."""
+        fold = jax.jit(jax.vmap(self._training.fold))
+        params = fold(self._hyper, progress.params)
+        stacked = jax.device_get({"params": params, **progress.stats})
         return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self._runs)]
 
-    def _start_one(self, params, key_data, hyper, arrays) -> Progress:
+    def _start_one(self, variables, key_data, hyper, arrays) -> Progress:
         del arrays
+        stats = {name: v for name, v in variables.items() if name != "params"}
+        params = self._training.init(hyper, variables["params"])
         opt_state = self._training.optimizer(hyper).init(params)
-        return Progress(params, opt_state, jax.random.wrap_key_data(key_data))
+        return Progress(params, stats, opt_state, jax.random.wrap_key_data(key_data))
 
     def _epoch_one(self, progress: Progress, labels: Labels, hyper, arrays: Arrays):
         tx = self._training.optimizer(hyper)
+        one = functools.partial(train_step, self._training, tx, hyper)
         shuffle, key = jax.random.split(progress.key)
         order = jax.random.permutation(shuffle, arrays.x_train.shape[0])
         size = self._training.batch
         batches = order[: self._batches * size].reshape(self._batches, size)
 
-        def step(carry, batch):
+        def step(carry: tuple[Any, Any, Any], batch):
             x, y = arrays.x_train[batch], labels.train[batch]
             # A key that no other batch of the run has: it has no other first example.
-            start = jax.random.fold_in(shuffle, batch[0])
-            params, opt_state = carry
-            return train_step(self._training, tx, params, opt_state, x, y, start), None
+            key = jax.random.fold_in(shuffle, batch[0])
+            return one(*carry, x, y, key), None
 
-        carry = progress.params, progress.opt_state
-        (params, opt_state), _ = jax.lax.scan(step, carry, batches)
-        measured = self._measure(params, arrays.x_eval, labels.eval)
-        return Progress(params, opt_state, key), measured
+        carry = progress.params, progress.stats, progress.opt_state
+        (params, stats, opt_state), _ = jax.lax.scan(step, carry, batches)
+        network = {"params": self._training.fold(hyper, params), **stats}
+        measured = self._measure(network, arrays, labels, shuffle)
+        return Progress(params, stats, opt_state, key), measured
 
-    def _measure(self, params, x, y) -> Measured:
+    def _measure(self, network, arrays: Arrays, labels: Labels, key) -> Measured:
         model, epsilon = self._training.model, self._training.epsilon
 
         def right(example):  # of the clean input, and of the attacked one
             x, y = jax.tree.map(lambda a: a[None], example)
-            loss = lambda x, y: example_loss(model, params, x, y)  # noqa: E731
+            loss = lambda x, y: example_loss(model, network, x, y)  # noqa: E731
             inputs = [x] if epsilon is None else [x, wr.fgsm(loss, x, y, epsilon)]
-            logits = models.logits(model, params, jnp.concatenate(inputs))
+            logits = models.logits(model, network, jnp.concatenate(inputs))
             return jnp.argmax(logits, -1) == y
 
         # In batches, since all images at once are gigabytes in a convolution.
-        shares = jnp.mean(jax.lax.map(right, (x, y), batch_size=500), axis=0)
+        examples = arrays.x_eval, labels.eval
+        shares = jnp.mean(jax.lax.map(right, examples, batch_size=500), axis=0)
         attacked = jnp.nan if epsilon is None else shares[1]
+        params = network["params"]
         energy, complexity = wr.log_weight_energy(params), wr.layer_complexity(params)
-        return Measured(shares[0], attacked, energy, complexity)
+        fitted, gbr = jnp.nan, jnp.full(len(SENSITIVE), jnp.nan)
+        if count := self._training.sensitivity:
+            first = arrays.x_train[:count], labels.train[:count]
+            fitted, gbr = sensitivity(model, network, *first, key)
+        return Measured(shares[0], attacked, energy, complexity, fitted, gbr)
 
     def _mapped(self, one, mapping: str, donate: bool = False):
         donated = (0,) if donate else ()
@@ -205,38 +255,76 @@ class Population:
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods
-def initialize(model: nn.Module, seed: int, x: jax.Array) -> tuple[Any, jax.Array]:
-    """Fresh parameters, and the data of the key that shuffles the examples."""
+def initialize(
+    model: nn.Module, seed: int, x: jax.Array
+) -> tuple[models.Variables, jax.Array]:
+    """A fresh network, and the data of the key that shuffles the examples."""
     init_key, key = jax.random.split(jax.random.key(seed))
-    return model.init(init_key, x)["params"], jax.random.key_data(key)
+    return model.init(init_key, x), jax.random.key_data(key)
 
 
-def example_loss(model: nn.Module, params: Any, x: jax.Array, y: jax.Array):
-    """Cross-entropy of every example, of shape (batch,)."""
-    logits = models.logits(model, params, x)
+def example_loss(
+    model: nn.Module, variables: models.Variables, x: jax.Array, y: jax.Array
+) -> jax.Array:
+    """Cross-entropy of every example in inference mode, of shape (batch,)."""
+    logits = models.logits(model, variables, x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
 
-def train_step(training: Training, tx, params, opt_state, x, y, key):
-    """One step. Parameters and state come first and in this order: see donation."""
-    loss = lambda p, x: example_loss(training.model, p, x, y)  # noqa: E731
+def sensitivity(
+    model: nn.Module, network: models.Variables, x: jax.Array, y: jax.Array, key
+) -> tuple[jax.Array, jax.Array]:
+    """Accuracy, and the ``weightreg.gbr`` of each of `SENSITIVE`."""
+    f = lambda x: models.logits(model, network, x[None])[0]  # noqa: E731
+    known = functools.partial(wr.gbr, probes=PROBES, key=key, batch_size=100)
+    several = [known(f, x).mean, known(wr.probabilities(f), x).mean]
+    right = jax.lax.map(lambda x: jnp.argmax(f(x)), x, batch_size=500) == y
+    own = wr.gbr(wr.label_probability(f), x, y, batch_size=100)
+    return jnp.mean(right), jnp.stack([*several, own])
+
+
+def train_step(training: Training, tx, hyper, params, stats, opt_state, x, y, key):
+    """One step. What is trained and its state come in and go out in one order.
+
+    Donation needs that.
+    """
+    if training.augment:
+        targets = jax.nn.one_hot(y, training.classes)
+        x, targets = augment(training.augment, jax.random.fold_in(key, 1), x, targets)
+        criterion = functools.partial(optax.softmax_cross_entropy, labels=targets)
+    else:
+        criterion = functools.partial(
+            optax.softmax_cross_entropy_with_integer_labels, labels=y
+        )
     if training.adversary:
+        network = {"params": training.fold(hyper, params), **stats}
         x = wr.pgd(
-            lambda x, _: loss(params, x),
+            lambda x, _: criterion(models.logits(training.model, network, x)),
             x,
             None,
             training.adversary,
             steps=ADVERSARY_STEPS,
             key=key,
         )
-    grads = jax.grad(lambda p: loss(p, x).mean())(params)
+
+    def loss(params):
+        network = {"params": training.fold(hyper, params), **stats}
+        logits, after = models.training_logits(training.model, network, x)
+        return criterion(logits).mean(), after
+
+    grads, stats = jax.grad(loss, has_aux=True)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+    return optax.apply_updates(params, updates), stats, opt_state
 
 
 def make_step(training: Training, hyper: Hyperparameters, x: jax.Array):
-    """A compiled step that can be timed, from ``(params, opt_state, x, y, key)``."""
+    """A compiled step that can be timed, and what it starts from.
+
+    It maps ``(params, stats, opt_state, x, y, key)`` to the first three of them.
+    """
     tx = training.optimizer(hyper)
-    params, _ = initialize(training.model, 0, x[:1])
-    one = functools.partial(train_step, training, tx)
-    return jax.jit(one, donate_argnums=(0, 1)), params, tx.init(params)
+    variables, _ = initialize(training.model, 0, x[:1])
+    stats = {name: v for name, v in variables.items() if name != "params"}
+    params = training.init(hyper, variables["params"])
+    one = functools.partial(train_step, training, tx, hyper)
+    return jax.jit(one, donate_argnums=(0, 1, 2)), params, stats, tx.init(params)

@@ -87,5 +87,34 @@ def test_training_steps_are_timed_with_what_they_say(monkeypatch):
         kernel("weissi in the loss"), kernel("add_weissi"), rtol=1e-5, atol=1e-7
     )
     plain = np.asarray(kernel("none"))
-    for name in ("add_decayed_weights", "add_weissi"):
+    for name in ("add_decayed_weights", "add_weissi", "equivalent_norm"):
         assert np.abs(kernel(name) - plain).max() > 0
+    with_penalty = kernel("equivalent_norm and add_shifted_l2")
+    assert np.abs(with_penalty - kernel("equivalent_norm")).max() > 0
+
+
+def test_folded_networks_run_the_program_of_plain_ones(monkeypatch):
+    outputs = {}
+
+    def once(steps, carries, rounds):
+        outputs.update({name: step(carries[name]) for name, step in steps.items()})
+
+    monkeypatch.setattr(cost, "relative_times", once)
+    cost.inference_times("mlp", 8, rounds=1)
+    np.testing.assert_array_equal(outputs["folded"], outputs["mapped in every call"])
+    assert np.abs(outputs["folded"] - outputs["plain"]).max() > 0
+
+
+def test_turns_end_when_time_is_up(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+
+    def step(carry):
+        calls.append(1)
+        now[0] += 1.0
+
+    relative_times({"a": step}, {"a": None}, rounds=100, seconds=25)
+    assert len(calls) == 1 + 26
+    calls.clear()
+    relative_times({"a": step}, {"a": None}, rounds=100, seconds=5)
+    assert len(calls) == 1 + 10

@@ -106,7 +106,7 @@ def test_runs_in_a_loop_on_several_devices_do_not_mix():
     params = randomized(shapes_of(model, 1, 5, 6))
     rows = [jax.tree.map(lambda p, i=i: p * i, params) for i in range(4)]
 
-    gradient = jax.grad(lambda p: jnp.sum(models.logits(model, p, x) ** 2))
+    gradient = jax.grad(lambda p: jnp.sum(models.logits(model, {"params": p}, x) ** 2))
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("runs",))
     runs = jax.sharding.PartitionSpec("runs")
@@ -198,7 +198,7 @@ class Started:
         self.params = quick(model.init)(jax.random.key(0), x)["params"]
 
         def loss(params):
-            logits = models.logits(model, params, x)
+            logits = models.logits(model, {"params": params}, x)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             return losses.mean(), logits
 
@@ -348,3 +348,50 @@ def test_models_are_known_by_name():
 def test_a_description_is_for_the_record(name, expected):
     assert models.describe(models.make(name, 3)) == expected
     json.dumps(expected)
+
+
+NORMED = {
+    "mlp_norm": models.NormMLP((16,), 10),
+    "resnet_norm": models.NormResNet(10, (1, 2), 4),
+    "bottleneck": models.NormResNet(10, (1, 1), 4, 1, True),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_a_normalization_follows_every_kernel(name):
+    """Hence the scale of no unit's weights changes the outputs, the last one's too."""
+    model, x = NORMED[name], 10 * normal(16, 8, 8, 3)
+    variables = quick(model.init)(jax.random.key(0), x[:1])
+    rng = np.random.default_rng(0)
+    run = quick(lambda v: models.training_logits(model, v, x))
+    logits, after = run(variables)
+    scaled = jax.tree.map(
+        lambda p: p * rng.uniform(1, 4, p.shape[-1]) if p.ndim > 1 else p,
+        variables["params"],
+    )
+    got, _ = run({**variables, "params": scaled})
+    np.testing.assert_allclose(got, logits, rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(jnp.mean(logits, 0), 0, atol=1e-4)
+    np.testing.assert_allclose(jnp.std(logits, 0), 1, rtol=1e-3)
+    assert after.keys() == {"batch_stats"}
+    before = jax.tree.leaves(variables["batch_stats"])
+    moved = zip(before, jax.tree.leaves(after), strict=True)
+    assert all(np.abs(a - b).max() > 0 for a, b in moved)
+    inference = models.logits(model, {**variables, **after}, x)
+    assert inference.shape == (16, 10) and np.abs(inference - logits).max() > 0.01
+
+
+def test_resnet50_has_its_layers_and_size():
+    shapes = shapes_of(models.make("resnet50", 10), 1, 32, 32, 3)
+    kernels = [k for k, weight in flat(wr.weight_mask(shapes)).items() if weight]
+    assert len(kernels) == 1 + 16 * 3 + 4 + 1
+    # Of the 25.56 million of the paper, without 990 classes and with a smaller stem.
+    assert 23.4e6 < count(shapes) < 23.6e6
+
+
+def test_statistics_are_of_networks_that_have_them():
+    model, x = models.MLP((4,), 10), normal(2, 3)
+    variables = model.init(jax.random.key(0), x)
+    logits, stats = models.training_logits(model, variables, x)
+    assert stats == {}
+    np.testing.assert_array_equal(logits, models.logits(model, variables, x))

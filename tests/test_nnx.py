@@ -285,6 +285,15 @@ def test_all_else_that_a_call_changes_is_kept():
     assert model.module.drop.rngs.count[...] == 3
 
 
+def test_a_folded_module_is_a_copy():
+    model = make()
+    folded = model.fold()
+    folded(IMAGES)
+    assert jnp.any(folded.norm.mean[...] != 0) and folded.drop.rngs.count[...] == 1
+    inside = model.module
+    assert jnp.all(inside.norm.mean[...] == 0) and inside.drop.rngs.count[...] == 0
+
+
 def test_what_a_call_creates_is_kept():
     class Sowing(nnx.Module):
         def __init__(self):

@@ -27,9 +27,10 @@ def names():
         "params": params,
         "loss": lambda x, y: jnp.sum((model(x).T - y) ** 2, 0),
         "x": jnp.full((4, 3), 0.5),
-        "y": jnp.zeros(4),
+        "y": jnp.zeros(4, int),
         "key": jax.random.key(0),
         "model": model,
+        "net_loss": lambda params: jnp.sum(params["Dense_0"]["kernel"]),
     }
 
 
@@ -39,6 +40,8 @@ def test_the_other_lines_run():
     assert [layer.fan_in for layer in given["layers"]] == [3, 2]
     assert given["x_adv"].shape == given["x"].shape
     assert jnp.isfinite(given["penalty"]) and given["norms"].shape == (4, 2)
+    assert jnp.isfinite(given["gbr"]) and given["estimate"].mean.shape == (4,)
+    assert len(given["left"]) == 2
 
 
 @pytest.mark.parametrize("line", TRANSFORMATION.findall(USE))

@@ -75,6 +75,22 @@ def test_value_and_gradients_equal_the_formula(scope, center, dtype):
                     assert got == pytest.approx(slope, abs=4 * eps + 1e-8)
 
 
+@pytest.mark.parametrize(("scope", "center"), FORMS)
+def test_epsilon_and_strength_have_derivatives(scope, center):
+    exact, form = tree(), {"scope": scope, "center": center, "dims": DIMS}
+    with jax.enable_x64(True):
+        params = as_jax(exact, "float64")
+        penalty = lambda s, e: wr.shifted_l2(s, e, **form)(params)  # noqa: E731
+        got = jax.jit(jax.grad(penalty, (0, 1)))(0.3, 0.7)
+    step = 1e-4
+    value = lambda s, e: formula(exact, s, e, scope, center)  # noqa: E731
+    slopes = (
+        value(0.3 + step, 0.7) - value(0.3 - step, 0.7),
+        value(0.3, 0.7 + step) - value(0.3, 0.7 - step),
+    )
+    np.testing.assert_allclose(got, np.array(slopes) / (2 * step), rtol=1e-7)
+
+
 def test_the_authors_form_of_the_centred_gradient():
     """``lam ((1 - eps / std) (w - mean) + mean)``, as METHODS of the paper's code."""
     w = tree()["conv"].reshape(-1, 4)

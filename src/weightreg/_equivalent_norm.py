@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from weightreg._groups import check_form, direction, group_of, layers_of, measure
+from weightreg._groups import check_form, group_of, layers_of, normalized
 from weightreg._norms import Axes
 from weightreg._numbers import check_scalar
 from weightreg._reach import compute_dtype
@@ -192,6 +192,4 @@ def _mapped(
     wide = w.astype(compute_dtype(w.dtype))
     share = math.prod(w.shape[a] for a in axes.outputs) if scope == "unit" else 1
     norm = jnp.asarray(norm, wide.dtype) / math.sqrt(share)
-    # The derivative needs nothing but what there is: the weights and few statistics.
-    statistics = measure(group_of(axes, scope), center, wide)
-    return jax.checkpoint(direction)(wide, statistics, norm).astype(w.dtype)
+    return normalized(group_of(axes, scope), center, wide, norm).astype(w.dtype)

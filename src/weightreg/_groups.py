@@ -61,6 +61,29 @@ class Statistics(NamedTuple):
     size: jax.Array
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def normalized(
+    group: tuple[int, ...], center: bool, w: jax.Array, norm: jax.Array
+) -> jax.Array:
+    """The weights, without their means if centred, with every group of a norm."""
+    return direction(w, measure(group, center, w), norm)
+
+
+@normalized.defjvp
+def _normalized_jvp(group, center, primals, tangents):
+    # By the result, which is kept anyway, and not by the weights: fewer passes.
+    (w, norm), (w_dot, norm_dot) = primals, tangents
+    s = measure(group, center, w)
+    out = direction(w, s, norm)
+    total = functools.partial(jnp.sum, axis=group, keepdims=True)
+    count = math.prod(w.shape[a] for a in group)
+    per_size = jnp.where(s.size == 0, 0, 1 / or_one(s.size))
+    scaled_dot = w_dot * s.half * s.rest
+    along = total(out * scaled_dot) * (per_size / norm)
+    across = scaled_dot - total(scaled_dot) / count if center else scaled_dot
+    return out, across * (norm * per_size) - out * along + out * (norm_dot / norm)
+
+
 def direction(w: jax.Array, s: Statistics, norm: Any = 1.0) -> jax.Array:
     """The weights without their means, of a norm; 0 for a dead group, as its slope."""
     deviation = w * s.half * s.rest - s.shift - s.mean
@@ -94,7 +117,7 @@ def measure(group: tuple[int, ...], center: bool, w: jax.Array) -> Statistics:
 
     # Sums of squares are as good as it gets if neither they are out of range nor much
     # of them cancels. A GPU would have to wait for the host to know.
-    ordinary = (squares < 2.0 ** (info.maxexp - 8)) & (2 * spread > squares)
+    ordinary = (squares < jnp.inf) & (2 * spread > squares)
     ordinary = jnp.all(ordinary & (squares > 2.0 ** (info.minexp // 2)))
     return lax.platform_dependent(
         cpu=lambda: lax.cond(ordinary, in_one_pass, carefully), default=carefully

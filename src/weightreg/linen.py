@@ -68,8 +68,9 @@ class EquivalentNorm(nn.Module):
     r"""Runs a module on weights that `weightreg.equivalent_norm` maps to one norm.
 
     The map is part of the forward pass, so that gradients flow through it to the
-    weights that are stored. Those are the module's, under ``module``, initialized as
-    without the map; a learnt alpha adds the parameter ``log_alpha``. While it is
+    weights that are stored. Those are the module's, initialized as without the map,
+    under ``module`` (or, as ever in Flax, where it was made, if that was inside of
+    another module); a learnt alpha adds the parameter ``log_alpha``. While it is
     initialized the module runs on its weights as they are. Only ``__call__`` is
     wrapped: for another method, apply ``module`` to what ``fold`` returns.
 
