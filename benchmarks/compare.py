@@ -492,10 +492,13 @@ def _histogram(values: Any) -> tuple[list[int], list[float]]:
 
 
 def _round(x: Any) -> float | None:
-    """For the record: five digits. JSON has no infinities, nor NaN."""
+    """For the record: five digits, counted from the first one of small numbers.
+
+    JSON has no infinities, nor NaN.
+    """
     if not np.isfinite(x):
         return None
-    return float(f"{x:.5g}") if abs(x) < 1 else round(float(x), 5)
+    return float(f"{x:.5g}") if abs(x) < 1e-3 else round(float(x), 5)
 
 
 def _rounded(curves: np.ndarray) -> list[list[float | None]]:

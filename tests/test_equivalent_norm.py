@@ -1,5 +1,6 @@
 """Equivalent norms against the paper's formulas in NumPy, at float64."""
 
+import functools
 import itertools
 import math
 
@@ -89,6 +90,12 @@ def test_equals_the_formula(scope, center, dtype):
                     assert np.sum(mapped**2) == pytest.approx(2, rel=8 * eps)
 
 
+@functools.cache  # compiled once a form and dtype
+def compiled(form):
+    enc = wr.equivalent_norm(*form)
+    return jax.jit(lambda w: (enc(w), jax.grad(lambda w: jnp.sum(enc(w)[0]))(w)))
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     form=st.sampled_from(FORMS),
@@ -102,15 +109,13 @@ def test_every_size_and_mean_gives_the_norm(form, dtype, power, offset, seed):
     rng = np.random.default_rng(seed)
     scale = 10.0 ** min(power, 36 - math.log10(max(offset, 1)))
     w = jnp.asarray(scale * (offset + rng.normal(size=(7, 3))), dtype)
-    enc = wr.equivalent_norm(*form)
     exact = np.asarray(w, np.float64)
     scope, center = form
     groups = exact.T if scope == "unit" else [exact]
     share = np.mean([np.ptp(g) > 0 or not center for g in groups])
-    mapped, slope = jax.jit(jax.value_and_grad(lambda w: jnp.sum(enc(w)[0])))(w)
-    got = np.asarray(enc(w), np.float64)
+    got, slope = (np.asarray(a, np.float64) for a in compiled(form)(w))
     assert np.sum(got**2) == pytest.approx(share, rel=8 * float(jnp.finfo(dtype).eps))
-    assert np.isfinite(mapped) and not np.any(np.isnan(np.asarray(slope, np.float64)))
+    assert not np.any(np.isnan(slope))
 
 
 @pytest.mark.parametrize(("scope", "center"), FORMS)
@@ -262,7 +267,7 @@ def test_folding_changes_no_bit():
         x = x.reshape(x.shape[0], -1)
         return jax.nn.relu(x @ params["c"]) @ params["d"]
 
-    for (scope, center), mean in itertools.product(FORMS, (0.0, 2.0)):
+    for (scope, center), mean in zip(FORMS, (0.0, 2.0, 2.0, 0.0), strict=True):
         params = {
             k: jnp.asarray(mean + rng.normal(size=s), jnp.float32)
             for k, s in shapes.items()
@@ -277,13 +282,14 @@ def test_a_thousand_layers_compile_once():
     params = {f"Dense_{i}": {"kernel": jnp.eye(4) + i} for i in range(1000)}
     traces = []
 
-    @jax.jit
+    # Compiling is most of what takes time here.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(params):
         traces.append(1)
         return wr.equivalent_norm()(params)
 
     got = run(run(params))
-    sums = [jnp.sum(layer["kernel"] ** 2) for layer in got.values()]
+    sums = [np.sum(np.square(layer["kernel"])) for layer in got.values()]
     np.testing.assert_allclose(sums, 1.0, rtol=1e-5)
     assert len(traces) == 1
 
