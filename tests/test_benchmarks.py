@@ -541,7 +541,7 @@ def test_the_readme_shows_the_committed_results(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert cli.main(["readme", "--check"]) == 0
     blocks, stale = tuple(report.BLOCKS), tmp_path / "README.md"
-    pair = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\nb\n".format
+    pair = "<!-- {0}:begin -->\nSTALE\n<!-- {0}:end -->\nb\n".format
     stale.write_text(f"a\n{''.join(map(pair, blocks))}c\n")
     assert not report.update_readme(stale, check=True)
     assert not report.update_readme(stale)
@@ -549,7 +549,7 @@ def test_the_readme_shows_the_committed_results(tmp_path, monkeypatch):
     text = stale.read_text()
     assert text.startswith("a\n") and text.endswith("\nb\nc\n")
     assert text.count("\nb\n") == len(blocks)
-    assert "old" not in text
+    assert "STALE" not in text
 
 
 COMMITTED = [f for f in sorted(report.RESULTS.glob("*.json")) if "cost" not in f.name]
