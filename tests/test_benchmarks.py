@@ -17,9 +17,11 @@ import numpy as np
 import optax
 import PIL.Image
 import pytest
+import quick
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 
 import benchmarks.__main__ as cli
 import weightreg as wr
@@ -36,6 +38,21 @@ NETWORK = {
     "Dense_1": {"kernel": jnp.array([[2.0, 1], [-1, 3]]), "bias": jnp.ones(2)},
 }
 SMALL = ["--epochs", "2", "--trials", "2", "--seeds", "2", "--tuning-seeds", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_programs(tmp_path_factory, worker_id):
+    """What is compiled is kept, for all workers: comparisons are repeated here."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+    at_least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.set_cache_dir(str(folder / "programs"))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", at_least)
+    compilation_cache.set_cache_dir(None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +244,10 @@ def test_the_cnn_form_and_the_output_layer_of_parseval(digits):
 
     def change(name):
         tx = METHODS[name].build(hyper, "momentum")
-        return tx.update(zeros, tx.init(params), params)[0]
+        return quick.jit(tx.update)(zeros, tx.init(params), params)[0]
 
     penalty = wr.weissi(1e-3, 0.0, exponents=wr.cnn_exponents)
-    expected = jax.tree.map(jnp.negative, jax.grad(penalty)(params))
+    expected = jax.tree.map(jnp.negative, quick.jit(jax.grad(penalty))(params))
     chex.assert_trees_all_close(change("weissi_cnn"), expected, rtol=1e-6)
     *convolutions, last = (layer.path for layer in wr.weight_layers(params))
     step = {jax.tree_util.keystr(k): v for k, v in tree_leaves(change("parseval"))}
@@ -648,8 +665,10 @@ def test_a_step_through_a_map_is_the_one_written_by_hand(digits):
         return losses.mean(), after
 
     trained = tuple(start[0])
-    grads, after = jax.grad(lambda t: loss(*t), has_aux=True)(trained)
-    decay = jax.grad(wr.shifted_l2(ENC["strength"], ENC["epsilon"]))(trained[0])
+    grads, after = quick.jit(jax.grad(lambda t: loss(*t), has_aux=True))(trained)
+    decay = quick.jit(jax.grad(wr.shifted_l2(ENC["strength"], ENC["epsilon"])))(
+        trained[0]
+    )
     grads = jax.tree.map(jnp.add, grads[0], decay), grads[1]
     want = jax.tree.map(lambda p, g: p - 0.1 * g, trained, grads)
     chex.assert_trees_all_close(tuple(got[0]), want, rtol=1e-4, atol=1e-6)
@@ -693,10 +712,10 @@ def test_behind_normalization_scale_changes_neither_function_nor_gradient(digits
         logits, _ = models.training_logits(model, network, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    slopes = {}
+    slope, slopes = quick.jit(jax.grad(loss), static_argnums=1), {}
     for name in ("enc_eq20", "enc_eq21", "wn", "enc_eq22", "ws"):
-        slopes[name] = jax.grad(loss)(variables["params"], METHODS[name].norm({}))
-    slopes["none"] = jax.grad(loss)(variables["params"], lambda p: p)
+        slopes[name] = slope(variables["params"], METHODS[name].norm({}))
+    slopes["none"] = slope(variables["params"], lambda p: p)
     # Batch normalization adds 1e-5 to the variance, and mapped weights are small.
     kwargs = {"rtol": 0.05, "atol": 1e-4}
     for name in ("enc_eq20", "enc_eq21", "wn"):

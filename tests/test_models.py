@@ -1,6 +1,5 @@
 """The networks: their convolutions, shapes, and how residual ones start."""
 
-import functools
 import json
 import math
 
@@ -11,14 +10,10 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from quick import jit as quick
 
 import weightreg as wr
 from benchmarks import models
-
-# Compiling is most of what takes time here.
-quick = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 RESNETS = ("resnet", "resnet_convex")
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import quick
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -85,10 +86,10 @@ def tree(dtype=jnp.float32, shape=(8, 4)):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 
 
-def run(tx, params, grads, steps=4):
-    state = tx.init(params)
+def run(tx, params, grads, steps=4, jit=quick.jit):
+    state = tx.init(params)  # compiled, it would not keep shardings
 
-    @jax.jit
+    @jit
     def step(params, state):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -119,7 +120,8 @@ def test_converges_in_the_box_and_stops_at_its_wall(name):
         return (optax.apply_updates(params, updates), state), None
 
     params = jax.tree.map(lambda t: 0.1 * jnp.sign(t), target)
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=1500)
+    train = quick.jit(lambda carry: jax.lax.scan(step, carry, length=1500)[0])
+    params, _ = train((params, quick.jit(tx.init)(params)))
     kernel = target["kernel"]
     kernel = kernel if name in UNBOXED else jnp.clip(kernel, -1, 1)
     np.testing.assert_allclose(params["kernel"], kernel, atol=0.06)
@@ -133,11 +135,12 @@ def test_types_and_structure_never_change(name, dtype):
     tx = FACTORIES[name](1e-2, 0.5, 0.9)
     state = tx.init(params)
     grads = jax.tree.map(lambda p: 0.1 * p, params)
-    updates, new = jax.jit(tx.update)(grads, state, params)
+    update = quick.jit(tx.update)
+    updates, new = update(grads, state, params)
     chex.assert_trees_all_equal_structs(updates, params)
     assert types(updates) == types(params)
     chex.assert_trees_all_equal_structs(state, new)
-    assert types(new) == types(jax.jit(tx.update)(grads, new, params)[1])
+    assert types(new) == types(update(grads, new, params)[1])
     assert types(state) == types(new)
     if dtype != "float16" or "sgd" in name or "laprop" in name:
         # Squares of gradients underflow in float16, and Optax's Adam divides by them.
@@ -164,7 +167,7 @@ def test_weak_types_do_not_stay_in_the_state():
 def test_compiles_once_with_traced_hyperparameters(name):
     traces = []
 
-    @jax.jit
+    @quick.jit
     def step(params, state, rate, volume, alpha):
         traces.append(1)
         tx = FACTORIES[name](rate, volume, alpha)
@@ -214,21 +217,20 @@ def test_trees_without_weights(name, params):
 @pytest.mark.parametrize("name", OURS)
 def test_inject_hyperparams_equals_the_plain_one(name):
     params, grads = tree(), tree()
-    plain, _ = run(FACTORIES[name](1e-2, 0.5, 0.9), params, grads)
+    compiled = functools.partial(run, params=params, grads=grads, jit=jax.jit)
+    plain, _ = compiled(FACTORIES[name](1e-2, 0.5, 0.9))
 
     def factory(learning_rate, volume, alpha):
         return FACTORIES[name](learning_rate, volume, alpha)
 
     injected = optax.inject_hyperparams(factory)(1e-2, 0.5, 0.9)
-    got, state = run(injected, params, grads)
+    got, state = compiled(injected)
     chex.assert_trees_all_close(got, plain, rtol=1e-6)
     assert set(state.hyperparams) == {"learning_rate", "volume", "alpha"}
 
     shrinking = lambda count: 0.5 / (count + 1)  # noqa: E731
-    scheduled, _ = run(
-        optax.inject_hyperparams(factory)(1e-2, shrinking, 0.9), params, grads
-    )
-    own, _ = run(FACTORIES[name](1e-2, shrinking, 0.9), params, grads)
+    scheduled, _ = compiled(optax.inject_hyperparams(factory)(1e-2, shrinking, 0.9))
+    own, _ = compiled(FACTORIES[name](1e-2, shrinking, 0.9))
     chex.assert_trees_all_close(scheduled, own, rtol=1e-6)
     assert name in UNBOXED or not np.allclose(own["kernel"], plain["kernel"])
 
@@ -257,10 +259,10 @@ def test_vmap_over_hyperparameters_equals_a_loop(name):
 
     volumes = jnp.array([0.1, 0.5, jnp.inf, 0.0])
     alphas = jnp.array([0.0, 0.9, 0.5, -1.0])
-    mapped = jax.jit(jax.vmap(go))(volumes, alphas)
+    mapped, alone = quick.jit(jax.vmap(go))(volumes, alphas), quick.jit(go)
     for i, (volume, alpha) in enumerate(zip(volumes, alphas, strict=True)):
         one = jax.tree.map(lambda x, i=i: x[i], mapped)
-        chex.assert_trees_all_close(one, go(volume, alpha), rtol=2e-6, atol=1e-7)
+        chex.assert_trees_all_close(one, alone(volume, alpha), rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -379,7 +381,7 @@ def test_restored_in_mid_run_it_goes_on_bit_for_bit(name, tmp_path):
     tx = FACTORIES[name](1e-2, lambda count: 0.5 - 0.05 * count, 0.9)
     state = tx.init(params)
 
-    @jax.jit
+    @quick.jit
     def step(params, state):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -413,7 +415,7 @@ def test_keeps_the_sharding_of_eight_devices(name, axis_type):
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shard)
         got, state = run(tx, placed, placed)
-        updates, _ = jax.jit(tx.update)(placed, tx.init(placed), placed)
+        updates, _ = quick.jit(tx.update)(placed, tx.init(placed), placed)
     for key, sharding in shard.items():
         assert got[key].sharding.is_equivalent_to(sharding, got[key].ndim)
         assert updates[key].sharding.is_equivalent_to(sharding, got[key].ndim)
@@ -439,8 +441,8 @@ def test_inside_shard_map_on_parts_of_a_weight(name):
         return optax.apply_updates(params, updates)
 
     rows = PartitionSpec("x")
-    sharded = jax.jit(jax.shard_map(go, mesh=mesh, in_specs=rows, out_specs=rows))
-    chex.assert_trees_all_close(sharded(params), go(params), rtol=1e-6)
+    sharded = quick.jit(jax.shard_map(go, mesh=mesh, in_specs=rows, out_specs=rows))
+    chex.assert_trees_all_close(sharded(params), quick.jit(go)(params), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -462,7 +464,7 @@ def test_inside_shard_map_on_whole_weights(name):
         out_specs=PartitionSpec(),
     )
     chex.assert_trees_all_close(
-        jax.jit(spread)(params, x), go(params, x), rtol=1e-5, atol=1e-6
+        quick.jit(spread)(params, x), quick.jit(go)(params, x), rtol=1e-5, atol=1e-6
     )
 
 
