@@ -1,5 +1,18 @@
-"""Eight virtual CPU devices, so that sharding is tested without accelerators."""
+"""Eight virtual CPU devices, and programs that are compiled once for all workers."""
+
+import os
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_programs(tmp_path_factory):
+    """Compiling is most of what the tests take time for."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)

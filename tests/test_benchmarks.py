@@ -21,7 +21,6 @@ import quick
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.compilation_cache import compilation_cache
 
 import benchmarks.__main__ as cli
 import weightreg as wr
@@ -38,21 +37,6 @@ NETWORK = {
     "Dense_1": {"kernel": jnp.array([[2.0, 1], [-1, 3]]), "bias": jnp.ones(2)},
 }
 SMALL = ["--epochs", "2", "--trials", "2", "--seeds", "2", "--tuning-seeds", "1"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kept_programs(tmp_path_factory, worker_id):
-    """What is compiled is kept, for all workers: comparisons are repeated here."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder if worker_id == "master" else folder.parent
-    at_least = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.set_cache_dir(str(folder / "programs"))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", at_least)
-    compilation_cache.set_cache_dir(None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +222,8 @@ def test_an_energy_that_no_strength_outweighs_is_refused():
 def test_the_cnn_form_and_the_output_layer_of_parseval(digits):
     """What the papers do otherwise in convolutions and in the last layer."""
     model = models.make("cnn8", 10)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    init = quick.jit(model.init)
+    params = init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     hyper = {"learning_rate": 1.0, "energy": 1e-3, "complexity": 0.0, "beta": 0.1}
     zeros = jax.tree.map(jnp.zeros_like, params)
 
@@ -343,10 +328,11 @@ def test_a_run_equals_a_plain_loop(digits):
 def test_the_convolution_is_flaxs(shape):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     plain = nn.Conv(4, (3, 3), strides=2, bias_init=nn.initializers.normal())
-    variables = plain.init(jax.random.key(0), x)
+    variables = quick.jit(plain.init)(jax.random.key(0), x)
     ours = models.Convolution(4)
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
-    assert shapes(ours.init(jax.random.key(0), x)) == shapes(variables)
+    made = jax.eval_shape(ours.init, jax.random.key(0), x)
+    assert shapes(made) == shapes(variables)
     got, expected = ours.apply(variables, x), plain.apply(variables, x)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -534,7 +520,8 @@ def test_parquet_files_are_read(name, column, shape, tmp_path):
 def test_walls_in_plots_are_those_of_the_convolutional_network():
     config = compare.Settings.of("cifar10")
     model = models.make(config.model, 10)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    init = quick.jit(model.init)
+    params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     layers = compare.weights("volumization", {"v": 0.7}, params).values()
     fans = np.array([9 * 32, 9 * 64, 9 * 64, 10])  # He's fan-out, window included
     walls = [layer["wall"] for layer in layers]
@@ -689,13 +676,15 @@ def test_networks_are_folded_and_their_sensitivity_measured(mapping, digits):
             np.testing.assert_allclose(np.sum(kernel**2), 1.0, rtol=1e-5)
         f = lambda x, n=network: models.logits(training.model, n, x[None])[0]  # noqa: E731
         x = arrays.x_train[:40]
-        own = wr.gbr(wr.label_probability(f), x, jnp.asarray(y[:40]))
+        label = functools.partial(wr.gbr, wr.label_probability(f))
+        own = quick.jit(label)(x, jnp.asarray(y[:40]))
         np.testing.assert_allclose(measured.gbr[i, 2], own, rtol=1e-3)
         more = {"probes": train.PROBES, "key": jax.random.key(1)}
         for found, g in zip(measured.gbr[i], (f, wr.probabilities(f)), strict=False):
-            error = wr.gbr(g, x, **more).standard_error
-            assert abs(found - wr.gbr(g, x)) < 5 * error
-        hits = np.argmax(jax.vmap(f)(x), -1) == y[:40]
+            exact = quick.jit(functools.partial(wr.gbr, g))(x)
+            drawn = quick.jit(functools.partial(wr.gbr, g, **more))(x)
+            assert abs(found - exact) < 5 * drawn.standard_error
+        hits = np.argmax(quick.jit(jax.vmap(f))(x), -1) == y[:40]
         np.testing.assert_allclose(measured.training_accuracy[i], hits.mean())
     stored = jax.tree.leaves(progress.params)[0]
     assert not np.allclose(np.sum(np.square(stored[0])), 1.0, rtol=0.01)
@@ -789,10 +778,16 @@ def test_experiments_can_be_run_and_have_the_papers_numbers(name):
         )
 
 
+def untimed(monkeypatch):
+    """Without the times of steps, for which all is compiled once more."""
+    monkeypatch.setattr(compare, "step_times", lambda *args: dict.fromkeys(args[2], 1))
+
+
 def test_an_experiment_from_end_to_end(tmp_path, monkeypatch, capsys):
     tiny = {"dataset": "digits", "epochs": 1, "trials": 1, "seeds": 2, "model": "mlp"}
     tiny |= {"examples": 200, "attacked": 20, "restarts": 2, "attack_steps": 2}
-    tiny |= {"methods": ("weissi_paper", "l2")}
+    tiny |= {"methods": ("weissi_paper",)}
+    untimed(monkeypatch)
     experiment = EXPERIMENTS["weissi-table1"]
     small = dataclasses.replace(experiment, scales={"cpu": tiny}, resized={})
     monkeypatch.setitem(EXPERIMENTS, "weissi-table1", small)
@@ -820,6 +815,7 @@ def test_a_table_of_sensitivity_from_end_to_end(tmp_path, monkeypatch):
     small = {"model": "tiny", "epochs": 2, "seeds": 2, "batch": 20, "attacked": 10}
     small |= {"restarts": 2, "attack_steps": 2, "sensitivity": 20, "examples": 60}
     small |= {"methods": ("enc_learnt",)}
+    untimed(monkeypatch)
     experiment = EXPERIMENTS["enc-tables"]
     changed = dataclasses.replace(experiment, scales={"cpu": small})
     monkeypatch.setitem(EXPERIMENTS, "enc-tables", changed)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -46,7 +47,9 @@ def test_linear_networks_have_the_norm_of_their_weights(shape):
     x = normal(7, *shape[:-1], seed=1)
     want = float(np.sum(np.asarray(kernel, np.float64) ** 2))
     for batch_size in (None, 1, 3, 100):
-        got = jax.jit(lambda x, b=batch_size: wr.jacobian_norms(f, x, batch_size=b))(x)
+        got = quick.jit(lambda x, b=batch_size: wr.jacobian_norms(f, x, batch_size=b))(
+            x
+        )
         np.testing.assert_allclose(got, np.full(7, want), rtol=1e-6)
     np.testing.assert_allclose(wr.gbr(f, x, batch_size=2), want, rtol=1e-6)
 
@@ -85,7 +88,7 @@ def test_random_projections_are_unbiased_and_know_their_error():
     f = functools.partial(relu_network, params)
     exact = np.asarray(wr.jacobian_norms(f, x), np.float64)
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(quick.jit, static_argnums=1)
     def repeated(keys, probes):
         def one(key):
             norms = wr.jacobian_norms(f, x, probes=probes, key=key)
@@ -125,7 +128,7 @@ def test_it_can_be_a_penalty():
     np.testing.assert_allclose(jax.grad(penalty)(kernel), 2 * kernel, rtol=1e-5)
     params, tx = mlp(4, (4, 16, 3)), optax.sgd(1e-3)
 
-    @jax.jit
+    @quick.jit
     def step(params, state):
         loss = lambda p: wr.gbr(functools.partial(relu_network, p), x)  # noqa: E731
         value, grads = jax.value_and_grad(loss)(params)
@@ -182,7 +185,9 @@ def test_memory_does_not_grow_with_the_examples(probes):
         return found if probes is None else found.mean
 
     def temporary(count):
-        compiled = jax.jit(jax.grad(penalty)).lower(params, normal(count, 64)).compile()
+        compiled = (
+            quick.jit(jax.grad(penalty)).lower(params, normal(count, 64)).compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(512) < 1.3 * temporary(64)
@@ -199,7 +204,7 @@ def test_on_eight_devices(axis_type, probes):
     with jax.set_mesh(mesh):
         split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
         for batch_size in (None, 3, 4, 100):
-            got = jax.jit(
+            got = quick.jit(
                 lambda x, b=batch_size: wr.jacobian_norms(f, x, batch_size=b, **more)
             )(split)
             chex.assert_trees_all_close(got, want, rtol=1e-5)
@@ -209,7 +214,7 @@ def test_on_eight_devices(axis_type, probes):
             in_specs=PartitionSpec("d"),
             out_specs=PartitionSpec("d"),
         )
-        got = jax.jit(parts)(split)
+        got = quick.jit(parts)(split)
     if probes is None:
         np.testing.assert_allclose(got, want, rtol=1e-5)
     else:
@@ -220,7 +225,7 @@ def test_on_eight_devices(axis_type, probes):
 SIZES = [(1, 1), (4, 3), (2, 6), (1, 5, 1), (3, 4, 2), (6, 1, 3), (2, 5, 4, 3, 6)]
 
 
-@jax.jit
+@quick.jit
 def three(params, x):
     f = functools.partial(relu_network, params)
     return wr.gbr_bounds(params), wr.gbr(f, x), wr.gbr(wr.probabilities(f), x)
@@ -257,7 +262,7 @@ def test_bounds_have_no_range():
     sizes = jnp.concatenate([jnp.full(500, 1e30), jnp.full(300, 1e-30)])
     deep = sizes[:, None, None] * jnp.ones((2, 2))  # 800 layers, stacked
     log = math.log(4e60), math.log(4e-60)
-    bounds = jax.jit(lambda w: wr.gbr_bounds(w, dims=Dims(1, 2)))(deep)
+    bounds = quick.jit(lambda w: wr.gbr_bounds(w, dims=Dims(1, 2)))(deep)
     np.testing.assert_allclose(
         bounds.log_product, 500 * log[0] + 300 * log[1], rtol=1e-5
     )

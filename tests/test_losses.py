@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import quick
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -177,9 +178,9 @@ def test_gce_derivatives_by_q(dtype):
     tolerance = 20 * np.finfo(dtype).eps
     with jax.enable_x64(dtype == "float64"):
         for differentiate in (jax.grad, jax.jacfwd):
-            got = jax.jit(jax.vmap(differentiate(loss)))(q, log_p)
+            got = quick.jit(jax.vmap(differentiate(loss)))(q, log_p)
             np.testing.assert_allclose(got, expected[:, 0], rtol=tolerance)
-        got = jax.jit(jax.vmap(jax.grad(jax.grad(loss))))(q, log_p)
+        got = quick.jit(jax.vmap(jax.grad(jax.grad(loss))))(q, log_p)
         np.testing.assert_allclose(got, expected[:, 1], rtol=20 * tolerance)
 
 
@@ -189,7 +190,7 @@ def test_gce_hessian():
     s, e = np.exp(z) / np.exp(z).sum(), np.eye(4)[y]
     with jax.enable_x64(True):
         hessian = jax.hessian(lambda z, q: generalized_cross_entropy(z, y, q))
-        got = jax.jit(jax.vmap(hessian, (None, 0)))(z, qs)
+        got = quick.jit(jax.vmap(hessian, (None, 0)))(z, qs)
     for q, h in zip(qs, got, strict=True):
         inner = np.diag(s) - np.outer(s, s) - q * np.outer(s - e, s - e)
         np.testing.assert_allclose(h, s[y] ** q * inner, rtol=1e-12, atol=1e-14)
@@ -247,7 +248,7 @@ def test_labels_outside_give_nan_and_only_for_their_examples():
     z, y = jnp.zeros((4, 3)), jnp.array([-1, 3, 2, -3])
     expected = [True, True, False, True]
     for loss in (generalized_cross_entropy, max_mahalanobis(3, 3)):
-        np.testing.assert_array_equal(np.isnan(jax.jit(loss)(z, y)), expected)
+        np.testing.assert_array_equal(np.isnan(quick.jit(loss)(z, y)), expected)
 
 
 def test_nan_logits_stay_in_their_examples():
@@ -307,7 +308,7 @@ def test_gce_says_what_is_wrong(args, kwargs, error, match):
 def test_a_traced_q_is_checked_for_what_is_known():
     for q in (jnp.ones(2), jnp.complex64(0.5), jnp.array(True)):
         with pytest.raises(TypeError, match="q must be a scalar"):
-            jax.jit(lambda q: generalized_cross_entropy(Z, Y, q))(q)
+            quick.jit(lambda q: generalized_cross_entropy(Z, Y, q))(q)
 
 
 def centers_of(classes, features):
@@ -466,12 +467,12 @@ def test_max_mahalanobis_is_a_value():
         loss.centers[0, 0] = 1.0
     traces = []
 
-    @jax.jit
+    @quick.jit
     def run(z, y):
         traces.append(1)
         return loss(z, y), loss.logits(z)
 
-    static = jax.jit(lambda loss, z, y: loss(z, y), static_argnums=0)
+    static = quick.jit(lambda loss, z, y: loss(z, y), static_argnums=0)
     z, y = jnp.ones((5, 4)), jnp.zeros(5, jnp.int32)
     for same in (loss, max_mahalanobis(3, 4, 2.0)):
         np.testing.assert_allclose(static(same, z, y), run(z, y)[0], rtol=1e-6)
@@ -514,7 +515,7 @@ def test_max_mahalanobis_says_what_is_wrong(args, error, match):
 def test_max_mahalanobis_says_what_is_wrong_with_its_arguments():
     loss = max_mahalanobis(3, 3)
     with pytest.raises(TypeError, match="norm must be a number known before tracing"):
-        jax.jit(lambda norm: max_mahalanobis(2, 5, norm).centers)(1.0)
+        quick.jit(lambda norm: max_mahalanobis(2, 5, norm).centers)(1.0)
     for wrong in (jnp.zeros((4, 2)), jnp.zeros(())):
         with pytest.raises(ValueError, match=r"z must have shape \(..., 3\)"):
             loss(wrong, Y)

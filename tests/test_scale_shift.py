@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import quick
 import scipy.optimize
 from flax import nnx
 from hypothesis import given, settings
@@ -149,7 +150,7 @@ def test_shifts_keep_the_function(name):
     shape, make, stacks, kwargs = NETWORKS[name]
     with jax.enable_x64(True):
         params, apply = make(jnp.float64)
-        apply = jax.jit(apply)
+        apply = quick.jit(apply)
         x = jnp.asarray(np.random.default_rng(1).normal(size=shape))
         expected = apply(params, x)
         assert jnp.std(expected) > 1e-3
@@ -176,7 +177,7 @@ def test_float32_shifts_agree_with_a_float64_reference(name):
     shifted = shift_scales(params, factors, **kwargs)
     balanced = balance_scales(shifted, **kwargs)
     with jax.enable_x64(True):
-        apply = jax.jit(apply)
+        apply = quick.jit(apply)
         wide = lambda p: jax.tree.map(lambda a: np.asarray(a, np.float64), p)  # noqa: E731
         expected = apply(wide(params), x)
         for other in (shifted, balanced):
@@ -438,7 +439,7 @@ def test_a_thousand_layers_of_one_scan_can_be_differentiated():
     scale = 10.0 ** rng.permutation([-15.0, 15.0] * 500)[:, None, None]
     kernel = jnp.asarray(scale * rng.normal(size=(1000, 2, 3)), jnp.float32)
     params, dims = {"kernel": kernel}, {"kernel": Dims(1, 2)}
-    value, gradient = jax.jit(
+    value, gradient = quick.jit(
         jax.value_and_grad(lambda p: minimum_weight_decay(p, dims=dims))
     )(params)
     wide = np.float64(kernel)
@@ -456,15 +457,15 @@ def test_a_layer_of_zeros():
         "b": {"kernel": jnp.zeros((2, 1)), "bias": jnp.array([0.7])},
         **{f"c{i}": {"kernel": jnp.array([[1e9 + i]])} for i in range(4)},
     }
-    for fn in (balance_scales, jax.jit(balance_scales)):
+    for fn in (balance_scales, quick.jit(balance_scales)):
         jax.tree.map(np.testing.assert_array_equal, fn(params), params)
-    value, gradient = jax.jit(jax.value_and_grad(minimum_weight_decay))(params)
+    value, gradient = quick.jit(jax.value_and_grad(minimum_weight_decay))(params)
     assert value == 0
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradient)
     total = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(balance_scales(p)))  # noqa: E731
     assert all(
         jnp.all(jnp.isfinite(g))
-        for g in jax.tree.leaves(jax.jit(jax.grad(total))(params))
+        for g in jax.tree.leaves(quick.jit(jax.grad(total))(params))
     )
 
 
@@ -473,7 +474,7 @@ def test_the_minimum_has_the_gradient_of_its_formula():
         [jnp.ones((3, 4)), jnp.ones((4, 4)), jnp.ones((4, 2))], "float32"
     )
     params[1] *= 1e12
-    gradients = jax.jit(jax.grad(minimum_weight_decay))(params)
+    gradients = quick.jit(jax.grad(minimum_weight_decay))(params)
     squares = [np.sum(np.float64(p) ** 2) for p in params]
     value = 3 * np.prod(squares) ** (1 / 3)
     for p, g, s in zip(params, gradients, squares, strict=True):
@@ -553,15 +554,15 @@ def test_transformations_of_jax():
     }
     factors = jnp.array([4.0, 0.25])
     expected = shift_scales(params, factors)
-    compiled = jax.jit(shift_scales)(params, factors)
+    compiled = quick.jit(shift_scales)(params, factors)
     jax.tree.map(np.testing.assert_array_equal, compiled, expected)
-    listed = jax.jit(lambda p, c: shift_scales(p, [c, 1 / c]))(params, 4.0)
+    listed = quick.jit(lambda p, c: shift_scales(p, [c, 1 / c]))(params, 4.0)
     jax.tree.map(np.testing.assert_array_equal, listed, expected)
     several = jnp.stack([factors, factors[::-1]])
-    mapped = jax.jit(jax.vmap(shift_scales, in_axes=(None, 0)))(params, several)
+    mapped = quick.jit(jax.vmap(shift_scales, in_axes=(None, 0)))(params, several)
     assert mapped["a"]["bias"].shape == (2, 3)
     np.testing.assert_array_equal(mapped["a"]["bias"][:, 0], [4, 0.25])
-    both = jax.jit(jax.vmap(balance_scales))(mapped)
+    both = quick.jit(jax.vmap(balance_scales))(mapped)
     np.testing.assert_allclose(
         both["a"]["kernel"][0], both["a"]["kernel"][1], rtol=1e-6
     )
@@ -571,16 +572,16 @@ def test_transformations_of_jax():
         return sum(map(jnp.sum, jax.tree.leaves(shifted)))
 
     np.testing.assert_allclose(
-        jax.jit(jax.grad(total))(jnp.log(factors)), [9 * 4, 3 * 0.25], rtol=1e-6
+        quick.jit(jax.grad(total))(jnp.log(factors)), [9 * 4, 3 * 0.25], rtol=1e-6
     )
     bias = lambda p: shift_scales(p, factors)["a"]["bias"].sum()  # noqa: E731
-    by_params = jax.jit(jax.grad(bias))(params)
+    by_params = quick.jit(jax.grad(bias))(params)
     np.testing.assert_array_equal(by_params["a"]["bias"], 4)
     # A shift does not change what can be reached by shifting.
-    decays = jax.jit(jax.vmap(minimum_weight_decay))(mapped)
+    decays = quick.jit(jax.vmap(minimum_weight_decay))(mapped)
     np.testing.assert_allclose(decays, minimum_weight_decay(params), rtol=1e-6)
     through = lambda f: minimum_weight_decay(shift_scales(params, f))  # noqa: E731
-    by_shift = jax.jit(jax.grad(through))(factors)
+    by_shift = quick.jit(jax.grad(through))(factors)
     np.testing.assert_allclose(by_shift[0] * 4, by_shift[1] / 4, rtol=1e-5)
 
 
@@ -603,8 +604,8 @@ def test_shardings_are_kept(axis_type):
     with jax.set_mesh(mesh):
         put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
         split = jax.tree.map(put, params, specs)
-        shifted, balanced = jax.jit(shift)(split), jax.jit(balance)(split)
-        decay = jax.jit(functools.partial(minimum_weight_decay, dims=dims))(split)
+        shifted, balanced = quick.jit(shift)(split), quick.jit(balance)(split)
+        decay = quick.jit(functools.partial(minimum_weight_decay, dims=dims))(split)
         for new in jax.tree.leaves((shifted, balanced)):
             assert not new.sharding.is_fully_replicated
     jax.tree.map(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
@@ -56,7 +57,7 @@ def test_value_and_gradients_equal_the_formula(scope, center, dtype):
         exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
         eps = float(jnp.finfo(dtype).eps)
         penalty = wr.shifted_l2(*numbers, **form)
-        value, grads = jax.jit(jax.value_and_grad(penalty))(params)
+        value, grads = quick.jit(jax.value_and_grad(penalty))(params)
         want = formula(exact, *numbers, scope, center)
         assert value == pytest.approx(want, rel=1e-5 if dtype != "float64" else 1e-13)
         link = wr.add_shifted_l2(*numbers, **form)
@@ -81,7 +82,7 @@ def test_epsilon_and_strength_have_derivatives(scope, center):
     with jax.enable_x64(True):
         params = as_jax(exact, "float64")
         penalty = lambda s, e: wr.shifted_l2(s, e, **form)(params)  # noqa: E731
-        got = jax.jit(jax.grad(penalty, (0, 1)))(0.3, 0.7)
+        got = quick.jit(jax.grad(penalty, (0, 1)))(0.3, 0.7)
     step = 1e-4
     value = lambda s, e: formula(exact, s, e, scope, center)  # noqa: E731
     slopes = (
@@ -125,7 +126,7 @@ def test_norms_end_at_epsilon_and_directions_stay(center):
     w = jnp.asarray(rng.normal(size=(6, 4)) * [1e-6, 0.1, 1.0, 100.0], jnp.float32)
     tx = optax.chain(wr.add_shifted_l2(0.1, 0.5, center=center), optax.sgd(1.0))
 
-    @jax.jit
+    @quick.jit
     def train(w):
         def step(carry, _):
             w, state = carry
@@ -194,9 +195,9 @@ def test_schedules_wrappers_and_dtypes():
         np.testing.assert_allclose(got, want, rtol=0.01)
         np.testing.assert_array_equal(updates["bias"], params["bias"])
     injected = optax.inject_hyperparams(wr.add_shifted_l2)(0.1, 1e-3)
-    update = jax.jit(injected.update)
+    update = quick.jit(injected.update)
     kernel = {"kernel": params["conv"]}
-    updates, _ = update(kernel, jax.jit(injected.init)(kernel), kernel)
+    updates, _ = update(kernel, quick.jit(injected.init)(kernel), kernel)
     assert updates["kernel"].dtype == jnp.bfloat16
 
 
