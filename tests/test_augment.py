@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 from benchmarks.augment import AUGMENTATIONS, augment
 
@@ -25,7 +26,7 @@ LABELS = jax.nn.one_hot(jnp.arange(COUNT) % 10, 10)
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_shapes_and_ranges_are_kept_and_keys_matter(name, channels):
     x = images(*channels)
-    run = jax.jit(AUGMENTATIONS[name])
+    run = quick.jit(AUGMENTATIONS[name])
     got, labels = run(KEY, x, LABELS)
     chex.assert_shape(got, x.shape)
     assert got.dtype == x.dtype and jnp.min(got) >= 0 and jnp.max(got) <= 1
@@ -84,7 +85,7 @@ def test_cutout_blanks_one_square_of_half_the_side():
 def test_labels_are_mixed_in_the_shares_of_the_images(name):
     """Every image of one value, its class: the mean pixel tells the shares."""
     x = jnp.tile((jnp.arange(COUNT) % 10 / 10)[:, None, None, None], (1, SIZE, SIZE, 3))
-    got, labels = jax.jit(AUGMENTATIONS[name])(KEY, x, LABELS)
+    got, labels = quick.jit(AUGMENTATIONS[name])(KEY, x, LABELS)
     share = labels @ (jnp.arange(10) / 10)
     np.testing.assert_allclose(jnp.mean(got, (1, 2, 3)), share, rtol=1e-4, atol=1e-5)
     own = jnp.sum(labels * LABELS, 1)

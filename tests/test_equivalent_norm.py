@@ -71,7 +71,7 @@ def as_jax(params, dtype=jnp.float32):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_equals_the_formula(scope, center, dtype):
     with jax.enable_x64(True):
-        enc = jax.jit(wr.equivalent_norm(scope, center, 2.0, dims=DIMS))
+        enc = quick.jit(wr.equivalent_norm(scope, center, 2.0, dims=DIMS))
         eps = float(jnp.finfo(dtype).eps)
         for seed, mean in itertools.product(range(4), (0.0, 1.0)):
             params = as_jax(tree(seed, mean=mean), dtype)
@@ -198,14 +198,14 @@ def test_dead_units_and_layers_are_mapped_to_zero(scope, center, dtype):
         w = np.full((4, 4), dead[0, 1])
     w = jnp.asarray(w, dtype)
     enc = wr.equivalent_norm(scope, center, alpha=100.0)
-    loss = jax.jit(lambda w: jnp.sum(back * jnp.sin(enc(w).astype("float32"))))
+    loss = lambda w: jnp.sum(back * jnp.sin(enc(w).astype("float32")))  # noqa: E731
     along = jnp.asarray(1000 * back, dtype)
     slope = jax.grad(loss)
     images = {
         "value": enc(w),
-        "forward": jax.jvp(enc, (w,), (along,))[1],
-        "reverse": slope(w),
-        "second": jax.jvp(slope, (w,), (along,))[1],
+        "forward": quick.jit(lambda w: jax.jvp(enc, (w,), (along,))[1])(w),
+        "reverse": quick.jit(slope)(w),
+        "second": quick.jit(lambda w: jax.jvp(slope, (w,), (along,))[1])(w),
     }
     parts = 3 if scope == "unit" else 4
     for name, image in images.items():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
@@ -27,11 +28,11 @@ def with_logits(*logits):
 
 
 def test_it_starts_at_the_mean_of_the_branches():
-    variables = jax.jit(ConvexSum().init)(KEY, H, R)
+    variables = quick.jit(ConvexSum().init)(KEY, H, R)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), variables) == {
         "params": {"convex_logits": ((2,), jnp.float32)}
     }
-    got = jax.jit(ConvexSum().apply)(variables, H, R)
+    got = quick.jit(ConvexSum().apply)(variables, H, R)
     np.testing.assert_allclose(got, (H + R) / 2, rtol=1e-6)
 
 
@@ -48,7 +49,7 @@ def test_it_is_the_function_and_its_derivative():
     expected = convex_sum(H, R, variables["params"]["convex_logits"])
     np.testing.assert_array_equal(got, expected)
     a = 1 / (1 + math.exp(-1.1))
-    by_logits, by_h, by_r = jax.jit(jax.grad(loss, (0, 1, 2)))(variables, H, R)
+    by_logits, by_h, by_r = quick.jit(jax.grad(loss, (0, 1, 2)))(variables, H, R)
     slope = a * (1 - a) * jnp.sum(G * (H - R))
     by_logits = by_logits["params"]["convex_logits"]
     np.testing.assert_allclose(by_logits, [slope, -slope], rtol=1e-4)
@@ -256,7 +257,7 @@ def test_gradients_flow_through_the_map():
         plain["batch_stats"] = stats["batch_stats"]["module"]
         return jnp.sum(jnp.sin(WithStatistics().apply(plain, IMAGES)))
 
-    got, want = (jax.jit(jax.grad(f))(variables["params"]) for f in (loss, by_hand))
+    got, want = (quick.jit(jax.grad(f))(variables["params"]) for f in (loss, by_hand))
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
     assert got["log_alpha"] != 0
 
@@ -350,7 +351,7 @@ def test_training_under_jit_and_scan():
     params = ours.init(KEY, x)["params"]
     tx = optax.chain(wr.add_shifted_l2(1e-4, 1e-3), optax.sgd(0.1))
 
-    @jax.jit
+    @quick.jit
     def train(params):
         def step(carry, _):
             params, state = carry
