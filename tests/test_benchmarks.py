@@ -31,7 +31,7 @@ from benchmarks.methods import BASES, METHODS, at_edge, trials
 tree_leaves = jax.tree_util.tree_leaves_with_path
 ROOT = pathlib.Path(__file__).parent.parent
 PLOTS = ("accuracy", "energy", "gradients", "strength", "weights")
-COMPARED = ["none", "volumization"]
+COMPARED = ["none", "volumization", "weissi"]
 NETWORK = {
     "Dense_0": {"kernel": jnp.array([[1.0, 2], [3, 4], [5, 6]]), "bias": jnp.ones(2)},
     "Dense_1": {"kernel": jnp.array([[2.0, 1], [-1, 3]]), "bias": jnp.ones(2)},

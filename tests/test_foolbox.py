@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     import foolbox
 
 STEPS = 12
-EPSILONS = (0.02, 0.2)
+EPSILONS = (0.02, 0.1, 0.2)
 TOLERANCES = {"float32": 5e-7, "float64": 1e-13}
 FGSM = {
     "linf": foolbox.attacks.LinfFastGradientAttack,
