@@ -19,7 +19,10 @@ from weightreg._optimizers import (
     volumized_laprop,
     volumized_sgd,
 )
+from weightreg._pack import PackedWeight, pack, unpack
+from weightreg._packed_files import load_packed, save_packed
 from weightreg._parseval import convex_sum, parseval
+from weightreg._quantize import binarize, level_distances, quantize_every, ternarize
 from weightreg._scale_shift import balance_scales, minimum_weight_decay, shift_scales
 from weightreg._shifted_l2 import add_shifted_l2, shifted_l2
 from weightreg._volumes import he_volume, lipschitz_volume
@@ -34,9 +37,11 @@ from weightreg._weissi import (
 )
 
 __all__ = [
+    "PackedWeight",
     "add_shifted_l2",
     "add_weissi",
     "balance_scales",
+    "binarize",
     "cnn_exponents",
     "convex_sum",
     "equivalent_norm",
@@ -52,16 +57,23 @@ __all__ = [
     "laprop",
     "layer_complexity",
     "left_out",
+    "level_distances",
     "lipschitz_volume",
+    "load_packed",
     "log_weight_energy",
     "max_mahalanobis",
     "minimum_weight_decay",
+    "pack",
     "parseval",
     "pgd",
     "probabilities",
+    "quantize_every",
+    "save_packed",
     "scale_by_laprop",
     "shift_scales",
     "shifted_l2",
+    "ternarize",
+    "unpack",
     "volumize",
     "volumized",
     "volumized_adam",

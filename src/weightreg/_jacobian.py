@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weightreg._mesh import placed
+from weightreg._mesh import gathered, placed
 from weightreg._norms import Axes, norm_of
 from weightreg._numbers import check_count
 from weightreg._reach import compute_dtype
@@ -405,7 +405,8 @@ def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> 
     batch = jax.checkpoint(jax.vmap(f))
     if size >= count:
         return batch(*xs)
-    xs = jax.tree.map(_gathered, xs)
+    # Of which any batch can be taken, if an explicit mesh splits them.
+    xs = jax.tree.map(lambda x: gathered(x, range(1, x.ndim)), xs)
     split = lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:])  # noqa: E731
     join = lambda a: a.reshape(whole, *a.shape[2:])  # noqa: E731
     out = lax.map(lambda x: batch(*x), jax.tree.map(split, xs))
@@ -414,12 +415,6 @@ def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> 
         rest = batch(*jax.tree.map(lambda a: a[whole:], xs))
         out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, rest)
     return out
-
-
-def _gathered(x: jax.Array) -> jax.Array:
-    """Examples of which any batch can be taken, if an explicit mesh splits them."""
-    spec = placed(x, range(x.ndim), tuple(range(1, x.ndim)))
-    return x if spec is None else jax.sharding.reshard(x, spec)
 
 
 def _along(x: jax.Array, keys: jax.Array) -> jax.Array:

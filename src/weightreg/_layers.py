@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import reshard
 from jax.tree_util import GetAttrKey
 
-from weightreg._mesh import placed
+from weightreg._mesh import gathered
 from weightreg._norms import Axes, Norm, norm_of
 from weightreg._reach import compute_dtype
 from weightreg._scaled import Scaled, normalize
@@ -101,17 +100,11 @@ def chain_norms(params: Any, layers: Sequence[WeightLayer], norm: Norm) -> Scale
 @jax.jit
 def _join(norms: list[Scaled]) -> Scaled:
     dtype = compute_dtype(*(x.fraction.dtype for x in norms))
-    fractions = [_on_every_device(x.fraction.astype(dtype)) for x in norms]
-    exponents = [_on_every_device(x.exponent) for x in norms]
+    fractions = [gathered(x.fraction.astype(dtype), ()).reshape(-1) for x in norms]
+    exponents = [gathered(x.exponent, ()).reshape(-1) for x in norms]
     joined = jnp.concatenate(fractions), jnp.concatenate(exponents)
     # Else XLA computes all norms anew in every place that needs their product.
     return normalize(Scaled(*lax.optimization_barrier(joined)))
-
-
-def _on_every_device(x: jax.Array) -> jax.Array:
-    """A flat copy, whole even if a mesh with explicit axes splits the stack."""
-    whole = placed(x, range(x.ndim), ())
-    return (x if whole is None else reshard(x, whole)).reshape(-1)
 
 
 def _choose(

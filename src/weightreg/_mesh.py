@@ -21,3 +21,9 @@ def placed(
     return PartitionSpec(
         *(spec[a] if kept is None or a in kept else None for a in axes)
     )
+
+
+def gathered(x: jax.Array, kept: Iterable[int]) -> jax.Array:
+    """``x``, of which an explicit mesh splits no axes but those ``kept``."""
+    spec = placed(x, range(x.ndim), tuple(kept))
+    return x if spec is None else jax.sharding.reshard(x, spec)

@@ -11,8 +11,16 @@ import numpy as np
 from jax.core import Tracer
 
 from weightreg._numbers import Number, check_shape, is_real
+from weightreg._reach import SUPPORTED
 from weightreg._trees import is_function, is_hole, match, show_path
-from weightreg._weights import Dims, Mask, WeightLayer, refuse_step_count, weight_layers
+from weightreg._weights import (
+    Dims,
+    Mask,
+    WeightLayer,
+    mask_leaves,
+    refuse_step_count,
+    weight_layers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +184,36 @@ def check_volume(name: str, volume: Any) -> None:
         raise ValueError(f"{name} must be at least 0 and not NaN, but is {volume}.")
 
 
+def check_argument(volume: Any) -> None:
+    """Refuses what cannot be a volume, a tree of volumes or a rule."""
+    if jax.tree_util.all_leaves([volume]) and not isinstance(volume, VolumeRule):
+        check_volume("volume", volume)
+    if volume is None:
+        raise TypeError("volume must be a number, a tree or a function, not None.")
+
+
+def volumes_of(
+    caller: str, params: Any, volume: Any, mask: Mask, dims: Dims
+) -> tuple[list[bool], list[Number | None]]:
+    """Which leaves are weights, and each leaf's volume, ``None`` for the others.
+
+    Raises:
+      ValueError: As `resolve`.
+      TypeError: As `resolve`; or a weight is of a dtype that ``caller`` cannot handle.
+    """
+    flags = mask_leaves(params, mask, dims)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), flag in zip(paths, flags, strict=True):
+        if flag and jnp.result_type(leaf) not in SUPPORTED:
+            raise TypeError(
+                f"{caller} cannot handle {show_path(path)} of dtype "
+                f"{jnp.result_type(leaf)}, only "
+                f"{', '.join(jnp.dtype(d).name for d in SUPPORTED)}. Leave it out with "
+                "mask=."
+            )
+    return flags, resolve(volume, params, flags, mask, dims)
+
+
 def resolve(
     volume: Any, params: Any, flags: list[bool], mask: Mask, dims: Dims
 ) -> list[Number | None]:
@@ -208,8 +246,8 @@ def resolve(
         where = f"volume at {show_path(path)}"
         if flag and is_hole(entry):
             raise ValueError(
-                f"{where} is missing, though the leaf (shape {jnp.shape(leaf)}) is to "
-                "be volumized. Give it a volume, or leave it out with mask=."
+                f"{where} is missing, though the leaf (shape {jnp.shape(leaf)}) is a "
+                "weight. Give it a volume, or leave it out with mask=."
             )
         if flag:
             check_volume(where, entry)

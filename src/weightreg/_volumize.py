@@ -11,10 +11,10 @@ from optax._src.base import NO_PARAMS_MSG  # not public, but the error users kno
 
 from weightreg._moments import map_moments, took_step
 from weightreg._numbers import Number, at, check_scalar
-from weightreg._reach import SUPPORTED, compute_dtype, land, reach, round_to
+from weightreg._reach import compute_dtype, land, reach, round_to
 from weightreg._trees import leaves_like, show_path
-from weightreg._volumes import VolumeRule, check_volume, resolve
-from weightreg._weights import Dims, Mask, mask_leaves
+from weightreg._volumes import VolumeRule, check_argument, volumes_of
+from weightreg._weights import Dims, Mask
 
 
 class VolumizeState(NamedTuple):
@@ -111,7 +111,7 @@ def volumize(
     _check(volume, alpha)
 
     def init_fn(params):
-        _resolve(volume, params, mask, dims)
+        volumes_of("volumize", params, volume, mask, dims)
         return VolumizeState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -200,7 +200,7 @@ def volumized(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init_fn(params):
-        flags, _ = _resolve(volume, params, mask, dims)
+        flags, _ = volumes_of("volumized", params, volume, mask, dims)
         inner = optimizer.init(params)
         _, covered = map_moments(lambda _, m: m, inner, params)
         if require_momentum:
@@ -238,7 +238,7 @@ class _Box:
     def __init__(self, volume, alpha, params, mask, dims, count):
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
-        _, volumes = _resolve(volume, params, mask, dims)
+        _, volumes = volumes_of("volumize", params, volume, mask, dims)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         self._volumes = [
             None
@@ -344,32 +344,13 @@ def _strong(state: Any) -> Any:
 
 def _check(volume: Any, alpha: Any) -> None:
     """Refuses what can be known to be wrong on construction."""
-    if jax.tree_util.all_leaves([volume]) and not isinstance(volume, VolumeRule):
-        check_volume("volume", volume)
-    if volume is None:
-        raise TypeError("volume must be a number, a tree or a function, not None.")
+    check_argument(volume)
     if isinstance(alpha, VolumeRule):
         raise TypeError(
             f"alpha must be a scalar or a schedule, not the rule {alpha!r}."
         )
     if not callable(alpha):
         check_scalar("alpha", alpha, -1, 1, "a scalar or a schedule")
-
-
-def _resolve(volume: Any, params: Any, mask: Mask, dims: Dims):
-    """Which leaves are volumized, and each leaf's volume."""
-    flags = mask_leaves(params, mask, dims)
-    for (path, leaf), flag in zip(
-        jax.tree_util.tree_leaves_with_path(params), flags, strict=True
-    ):
-        if flag and jnp.result_type(leaf) not in SUPPORTED:
-            raise TypeError(
-                f"volumize cannot handle {show_path(path)} of dtype "
-                f"{jnp.result_type(leaf)}, only "
-                f"{', '.join(jnp.dtype(d).name for d in SUPPORTED)}. Leave it out with "
-                "mask=."
-            )
-    return flags, resolve(volume, params, flags, mask, dims)
 
 
 def _check_covered(flags: list[bool], covered: set[int], params: Any) -> None:

@@ -240,6 +240,17 @@ def dims_leaves(params: Any, dims: Dims) -> list[MuonDimensionNumbers | None]:
     return found
 
 
+def stack_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
+    """Each leaf's axes that stack several layers: those that ``dims`` does not name."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    stacked = []
+    for (path, leaf), entry in zip(leaves, dims_leaves(params, dims), strict=True):
+        every = range(jnp.ndim(leaf))
+        named = every if entry is None else sum(_axes(path, len(every), entry), ())
+        stacked.append(tuple(a for a in every if a not in named))
+    return stacked
+
+
 def _is_floating(leaf: Any) -> bool:
     is_number = isinstance(leaf, float) or hasattr(leaf, "dtype")
     return is_number and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

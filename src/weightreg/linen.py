@@ -1,5 +1,6 @@
 """Modules for Flax's linen: ``import weightreg.linen``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,8 @@ from flax.typing import Dtype
 from jax.typing import ArrayLike
 
 from weightreg._equivalent_norm import NormMap, check_wrapped, equivalent_norm
+from weightreg._numbers import is_real
+from weightreg._pack import PackedWeight, unpack
 from weightreg._parseval import convex_sum, initial_logits
 
 
@@ -147,3 +150,67 @@ class EquivalentNorm(nn.Module):
         trees = variables.items()
         plain = {kind: tree["module"] for kind, tree in trees if "module" in tree}
         return plain | {"params": self.norm.apply(plain["params"], log_alpha)}
+
+
+def unpack_layers(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Lets a network run on what `weightreg.pack` made of it, layer by layer.
+
+    An interceptor for ``flax.linen.intercept_methods``: every layer's weights are
+    unpacked when its input is known, so that inside of ``jax.jit`` the call holds the
+    weights of one layer at a time. The result is that of
+    ``model.apply({"params": weightreg.unpack(packed)}, x)``.
+
+    The parameters are read only: initialize and train networks without it. Layers that
+    make their parameters in ``setup``, as ``nn.Embed`` does, cannot be told apart from
+    their networks in time: leave them out with the ``mask`` of `weightreg.pack`, or
+    unpack them before.
+
+    Raises:
+      ValueError: A layer makes packed parameters in ``setup``.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> import weightreg.linen
+      >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+      >>> x = jnp.ones((1, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> @jax.jit
+      ... def run(packed, x):
+      ...     with nn.intercept_methods(weightreg.linen.unpack_layers):
+      ...         return model.apply({"params": packed}, x)
+      >>> run(wr.pack(params, 0.5, "binary"), x).shape
+      (1, 2)
+    """
+    own = context.module.variables.get("params", {})
+    packed = [name for name, value in own.items() if isinstance(value, PackedWeight)]
+    if not packed:
+        return next_fun(*args, **kwargs)
+    if context.method_name == "setup":
+        path = "/".join(context.module.path)
+        raise ValueError(
+            f"{type(context.module).__name__} at {path!r} makes packed parameters "
+            f"({', '.join(packed)}) in setup, before its input is known: leave them "
+            "out with the mask of weightreg.pack, or unpack them before."
+        )
+    inputs = [x for x in jax.tree.leaves((args, kwargs)) if is_real(x)]
+    after = inputs[0] if inputs else None
+
+    def unpacked(variables):
+        tree = variables.get("params", {})
+        known = {name: unpack(tree[name], after=after) for name in packed}
+        return {"params": {**tree, **known}}
+
+    call = nn.map_variables(
+        lambda module: getattr(module, context.method_name)(*args, **kwargs),
+        "params",
+        trans_in_fn=unpacked,
+    )
+    return call(context.module)

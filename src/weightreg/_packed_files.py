@@ -1,0 +1,290 @@
+"""Packed networks as files, of which no damage goes unnoticed."""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import DictKey
+
+from weightreg._pack import PackedWeight, is_packed
+from weightreg._quantize import LEVELS
+from weightreg._trees import KeyPath, show_path
+
+FORMAT = "weightreg.packed"
+VERSION = 1
+_UNSIGNED = "0" * 64  # stands for the checksum in what the checksum is taken of
+
+
+def save_packed(packed: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a packed network to a file.
+
+    The file is one of `safetensors <https://huggingface.co/docs/safetensors>`_: the
+    bits of packed weights, and all other leaves, each under its key path. Its metadata
+    tell format and version, each leaf's shape, dtype, levels, scale and stacked axes,
+    and a SHA-256 of the whole file. It is written beside its place and moved there in
+    one piece, so that an interrupt leaves what was there.
+
+    It needs the package safetensors: ``pip install 'weightreg[files]'``.
+
+    Args:
+      packed: What `pack` returns: a tree of arrays and `PackedWeight`.
+      path: Of the file, which is replaced if it exists.
+
+    Raises:
+      ValueError: The tree has no leaves, or a scale is not finite, hence the weights it
+        was made of were not.
+      TypeError: A leaf is no array that a file can hold, or ``path`` no path.
+      ImportError: There is no safetensors.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> params = {"Dense_0": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}}
+      >>> packed = wr.pack(params, 0.5, "binary")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = pathlib.Path(folder) / "network.safetensors"
+      ...     wr.save_packed(packed, file)
+      ...     loaded = wr.load_packed(file)
+      >>> jax.tree.map(jnp.shape, wr.unpack(loaded))
+      {'Dense_0': {'bias': (4,), 'kernel': (8, 4)}}
+    """
+    path = _path(path)
+    leaves = jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_packed)
+    if not leaves:
+        raise ValueError("packed has no leaves: there is nothing to save.")
+    tensors, described = {}, {}
+    for keys, leaf in leaves:
+        name = show_path(keys)
+        described[name] = _describe(name, keys, leaf)
+        tensors[name] = _array(name, leaf.bits if is_packed(leaf) else leaf)
+    about = {
+        "version": VERSION,
+        "checksum": _UNSIGNED,
+        "dicts": _is_of_dicts(packed, leaves),
+        "leaves": described,
+    }
+    try:
+        data = _safetensors().numpy.save(tensors, {FORMAT: json.dumps(about)})
+    except ImportError:
+        raise
+    except Exception as error:
+        raise TypeError(f"packed has what safetensors cannot hold: {error}") from error
+    unsigned = _mark(_UNSIGNED)
+    place = data.index(unsigned)
+    signed = _mark(hashlib.sha256(data).hexdigest())
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data[:place] + signed + data[place + len(unsigned) :])
+    part.replace(path)
+
+
+def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
+    """Reads what `save_packed` has written, or refuses it.
+
+    Every byte of the file is under its checksum: one that has changed is an error, and
+    never another network.
+
+    Args:
+      path: Of the file.
+      like: A tree that says what to expect: the network's parameters, packed or not,
+        or their shapes, as ``jax.eval_shape`` gives them. The result has its structure;
+        paths, shapes and dtypes must agree. Without it, the result is made of dicts,
+        which is what Flax's linen wants.
+
+    Returns:
+      The packed tree, on JAX's default device.
+
+    Raises:
+      ValueError: The file is damaged, cut off, of another version or no packed network;
+        ``like`` differs from it; or it was a tree of something else than dicts, and
+        ``like`` is not given; or it holds 64-bit numbers and JAX is not to.
+      FileNotFoundError: There is no file.
+      ImportError: There is no safetensors.
+
+    Example: see `save_packed`.
+    """
+    path = _path(path)
+    data = path.read_bytes()
+    about = _about(path, data)
+    described = about["leaves"]
+    try:
+        tensors = dict(_safetensors().deserialize(data))
+        leaves = {name: _leaf(tensors[name], d) for name, d in described.items()}
+    except _Narrowed as error:
+        raise ValueError(f"{path} has {error}") from None
+    except Exception as error:  # what has a right checksum, but not from here
+        raise ValueError(f"{path} is no packed network: {error}") from error
+    if like is not None:
+        return _as(like, leaves, path)
+    if not about["dicts"]:
+        raise ValueError(
+            f"{path} holds a tree of something else than dicts: pass like=, a tree of "
+            f"the same structure. It has {', '.join(leaves)}."
+        )
+    return _nested({tuple(d["keys"]): leaves[n] for n, d in described.items()})
+
+
+def _safetensors():
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "Packed networks are saved with the package safetensors: "
+            "pip install 'weightreg[files]'."
+        ) from error
+    return safetensors
+
+
+def _path(path: Any) -> pathlib.Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be the path of a file, not {type(path).__name__}.")
+    return pathlib.Path(path)
+
+
+def _array(name: str, leaf: Any) -> np.ndarray:
+    if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise TypeError(
+            f"packed must hold arrays of numbers, but has {type(leaf).__name__} at "
+            f"{name}."
+        )
+    return np.asarray(leaf)
+
+
+def _describe(name: str, keys: KeyPath, leaf: Any) -> dict[str, Any]:
+    """A leaf's entry in the metadata."""
+    named = all(isinstance(key, DictKey) and isinstance(key.key, str) for key in keys)
+    entry: dict[str, Any] = {"keys": [str(k.key) for k in keys] if named else None}
+    if not is_packed(leaf):
+        array = _array(name, leaf)
+        return entry | {"dtype": array.dtype.name, "shape": array.shape, "levels": None}
+    scale = np.asarray(leaf.scale).astype(np.float64)
+    if not np.all(np.isfinite(scale)):
+        raise ValueError(
+            f"packed has a scale that is not finite at {name}: its weights were not."
+        )
+    return entry | {
+        "dtype": jnp.dtype(leaf.dtype).name,
+        "shape": leaf.shape,
+        "levels": leaf.levels,
+        "scale": scale.tolist(),
+        "stack_axes": leaf.stack_axes,
+    }
+
+
+def _leaf(tensor: dict[str, Any], entry: dict[str, Any]) -> Any:
+    """The inverse of `_describe`, with the tensor's own bytes."""
+    packed, dtype = entry["levels"] is not None, jnp.dtype(entry["dtype"])
+    if packed and entry["levels"] not in LEVELS:
+        raise ValueError(f"levels {entry['levels']!r}")
+    stored = np.dtype(np.uint8) if packed else dtype
+    array = np.frombuffer(tensor["data"], stored).reshape(tensor["shape"])
+    if not packed:
+        return _on_device(array)
+    return PackedWeight(
+        bits=_on_device(array),
+        scale=_on_device(np.asarray(entry["scale"], np.float64).astype(dtype)),
+        shape=tuple(entry["shape"]),
+        dtype=dtype,
+        levels=entry["levels"],
+        stack_axes=tuple(entry["stack_axes"]),
+    )
+
+
+class _Narrowed(ValueError):
+    """JAX would store numbers with fewer bits than they have."""
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise _Narrowed(
+            f"numbers of dtype {array.dtype}, which JAX stores as such only after "
+            'jax.config.update("jax_enable_x64", True).'
+        )
+    return jnp.asarray(array)
+
+
+def _about(path: pathlib.Path, data: bytes) -> dict[str, Any]:
+    """What the file says of itself, once it is known to be whole."""
+    size = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + size])
+        about = json.loads(header["__metadata__"][FORMAT])
+        version, found = about["version"], about["checksum"]
+        place = data.index(_mark(found), 8, 8 + size)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is no packed network, or is damaged: it does not begin with the "
+            "header that save_packed writes."
+        ) from None
+    if version != VERSION:
+        raise ValueError(
+            f"{path} is of version {version!r}, where this weightreg reads {VERSION}."
+        )
+    end = place + len(_mark(found))
+    digest = hashlib.sha256(data[:place] + _mark(_UNSIGNED) + data[end:]).hexdigest()
+    if found != digest:
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is {digest}, and it says {found}. A byte "
+            "has changed, or some are missing."
+        )
+    return about
+
+
+def _mark(checksum: str) -> bytes:
+    """The checksum as it stands in the header, JSON in a string of JSON."""
+    return json.dumps(json.dumps({"checksum": checksum}))[2:-2].encode()
+
+
+def _is_of_dicts(packed: Any, leaves: list[tuple[KeyPath, Any]]) -> bool:
+    """Whether dicts of dicts, made of the paths, are the tree."""
+    keys: list[Any] = [tuple(getattr(k, "key", 0) for k in path) for path, _ in leaves]
+    if not all(path and all(isinstance(k, str) for k in path) for path in keys):
+        return False
+    rebuilt = _nested(dict(zip(keys, (leaf for _, leaf in leaves), strict=True)))
+    return jax.tree.structure(rebuilt) == jax.tree.structure(packed)
+
+
+def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for (*parents, name), leaf in leaves.items():
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _as(like: Any, leaves: dict[str, Any], path: pathlib.Path) -> Any:
+    """The leaves of a file in the structure of ``like``."""
+    expected = jax.tree_util.tree_leaves_with_path(like, is_leaf=is_packed)
+    structure = jax.tree.structure(like, is_leaf=is_packed)
+    names = [show_path(keys) for keys, _ in expected]
+    for one, other, what in (
+        (names, leaves, "lacks"),
+        (leaves, names, "has, and like has not,"),
+    ):
+        if missing := [name for name in one if name not in other]:
+            raise ValueError(
+                f"{path} is of another network than like: it {what} "
+                f"{', '.join(missing)}."
+            )
+    for name, (_, node) in zip(names, expected, strict=True):
+        want, have = _kind(node), _kind(leaves[name])
+        if want != have:
+            raise ValueError(
+                f"{path} is of another network than like: at {name} it has {have}, "
+                f"where like has {want}."
+            )
+    return jax.tree.unflatten(structure, [leaves[name] for name in names])
+
+
+def _kind(leaf: Any) -> str:
+    """Dtype and shape, of what a packed weight stands for."""
+    shape = jax.eval_shape(leaf.unpack) if is_packed(leaf) else leaf
+    return f"{jnp.dtype(shape.dtype).name}{list(jnp.shape(shape))}"
