@@ -54,7 +54,7 @@ def compare(options: argparse.Namespace, console: Console) -> int:
     """Compares methods on a data set."""
     given = {name: getattr(options, name) for name in SETTINGS}
     given |= {"adversarial": options.adversarial, "data_dir": options.data_dir}
-    for name in ("methods", "augment"):
+    for name in ("methods", "augment", "deploy"):
         named = getattr(options, name)
         given[name] = named and tuple(named.split(","))
     given["mapping"] = options.mapping or _mapping()
@@ -159,12 +159,14 @@ def show(
 ) -> int:
     """Table, sentences and plots of a result file."""
     from benchmarks import plots
-    from benchmarks.report import table, verdict
+    from benchmarks.report import deployed_table, table, verdict
 
     result = json.loads(result_file.read_text())
     console.print(table(result))
     for line in verdict(result):
         console.print(line, highlight=False)
+    if "deployed" in result:
+        console.print(deployed_table(result))
     for path in [result_file, *plots.draw(result, out or result_file)]:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return 0
@@ -198,12 +200,18 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--augment", help="separated by commas: flip_crop,cutout,mixup,cutmix,smooth"
     )
+    add.add_argument(
+        "--deploy",
+        help="methods, separated by commas, whose networks are stored and run as bits, "
+        "or in bfloat16",
+    )
     _add_common(add)
     add.set_defaults(command=compare)
 
     add = commands.add_parser("experiment", help="repeat a table of a paper")
     add.add_argument(
-        "name", choices=("weissi-table1", "volumization-table2", "enc-tables")
+        "name",
+        choices=("weissi-table1", "volumization-table2", "enc-tables", "quantization"),
     )
     add.add_argument("--scale", choices=("cpu", "full"), default="cpu")
     add.add_argument("--parts", help="separated by commas; default: all")

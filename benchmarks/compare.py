@@ -13,13 +13,14 @@ import optax
 
 import weightreg as wr
 from benchmarks import data as data_module
+from benchmarks import deploy as deploy_module
 from benchmarks import models, robustness
 from benchmarks.augment import AUGMENTATIONS
-from benchmarks.cost import relative_times
 from benchmarks.data import Dataset
 from benchmarks.methods import BASES, METHODS, Method, Space, at_edge, trials
 from benchmarks.models import Variables
 from benchmarks.record import environment, save
+from benchmarks.timing import relative_times
 from benchmarks.train import (
     ADVERSARY_STEPS,
     PROBES,
@@ -59,6 +60,7 @@ CHOICES = {
     "tune_for": ("accuracy", "fgsm"),
     "mapping": ("devices", "vmap"),
 }
+LISTS = ("augment", "methods", "deploy")  # settings that are several
 Tick = Callable[[str], None]
 
 
@@ -78,6 +80,7 @@ class Settings:
     optimizer: str = "adam"
     schedule: str = "constant"
     augment: tuple[str, ...] = ()
+    deploy: tuple[str, ...] = ()
     adversarial: float = 0.0
     sensitivity: int = 0
     tune_for: str = "accuracy"
@@ -122,6 +125,10 @@ class Settings:
                 f"methods must be among {', '.join(METHODS)}, not {', '.join(unknown)}."
             )
         self._check_methods()
+        if unknown := set(self.deploy) - set(self.methods):
+            raise ValueError(
+                f"deploy must be among methods, but {', '.join(unknown)} is not."
+            )
         if len(set(self.methods)) < max(len(self.methods), 1):
             raise ValueError(
                 f"methods must be one or more, named once each, not {self.methods}."
@@ -140,16 +147,16 @@ class Settings:
         normed = isinstance(models.make(self.model, 1), models.NORMED)
         for name in self.methods:
             method = METHODS[name]
-            if method.norm and not normed:
+            if method.norm and method.normed and not normed:
                 raise ValueError(
                     f"methods has {name}, which needs a normalization after every "
                     f"layer: model must be mlp_norm, resnet_norm or such, not "
                     f"{self.model}."
                 )
-            if method.fixed and self.optimizer != "momentum":
+            if method.fixed and self.optimizer != method.fixed_for:
                 raise ValueError(
-                    f"methods has {name}, whose settings are for momentum: optimizer "
-                    f"must be momentum, not {self.optimizer}."
+                    f"methods has {name}, whose settings are for {method.fixed_for}: "
+                    f"optimizer must be {method.fixed_for}, not {self.optimizer}."
                 )
 
     @property
@@ -179,15 +186,23 @@ class Settings:
     def training(self, method: str, data: Dataset, tuning: bool = False) -> Training:
         """How runs of a method are trained, and what is measured meanwhile."""
         attacked = tuning and self.tune_for == "fgsm"
-        build = functools.partial(METHODS[method].build, base=self.optimizer)
+        chosen = METHODS[method]
+        optimizer = functools.partial(
+            chosen.build,
+            base=self.optimizer,
+            shrink=self._shrink(data),
+            epoch=self._steps(data),
+        )
         return Training(
             model=models.make(self.model, data.classes),
             classes=data.classes,
-            optimizer=functools.partial(build, shrink=self._shrink(data)),
+            optimizer=optimizer,
             batch=self.batch,
             adversary=self.adversarial,
             epsilon=self.epsilon if attacked else None,
-            norm=METHODS[method].norm,
+            norm=chosen.norm,
+            finish=chosen.finish if chosen.levels else None,
+            distances=chosen.distances if chosen.levels else None,
             augment=self.augment,
             sensitivity=0 if tuning else self.sensitivity,
         )
@@ -196,23 +211,28 @@ class Settings:
         """What the learning rate is multiplied by at each step, if not by 1."""
         if not (drops := DROPS[self.schedule]):
             return None
-        steps = len(_split(data, self)[0]) // self.batch * self.epochs
+        steps = self._steps(data) * self.epochs
         return optax.piecewise_constant_schedule(
             1.0, {round(share * steps): 0.1 for share in drops}
         )
+
+    def _steps(self, data: Dataset) -> int:
+        """Steps of an epoch."""
+        return len(_split(data, self)[0]) // self.batch
 
     def command(self) -> str:
         """The command line that repeats the comparison."""
         words = ["python -m benchmarks compare"]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("methods", "data_dir", "augment") or value is None:
+            if field.name in ("data_dir", *LISTS) or value is None:
                 continue
             if (field.name, value) in (("schedule", "constant"), ("sensitivity", 0)):
                 continue
             words.append(f"--{field.name.replace('_', '-')} {value}")
-        words += [f"--augment {','.join(self.augment)}"] * bool(self.augment)
-        words.append(f"--methods {','.join(self.methods)}")
+        for name in LISTS:
+            if value := getattr(self, name):
+                words.append(f"--{name} {','.join(value)}")
         return " ".join(words + (["--data-dir DATA"] if self.data_dir else []))
 
 
@@ -237,12 +257,18 @@ def run(
     result = _header(settings, data) | (mark or {})
     save(result, out)
     source = _source(data, settings, tick)
+    kept = {}
     for name in settings.methods:
         entry: dict[str, Any] = {"label": METHODS[name].label}
         entry["tuning"] = tune(name, data, settings, tick)
-        entry |= final(name, entry["tuning"]["chosen"], data, settings, source, tick)
-        result["results"][name] = entry
+        chosen = entry["tuning"]["chosen"]
+        found, networks = final(name, chosen, data, settings, source, tick)
+        result["results"][name] = entry | found
+        if name in settings.deploy:
+            kept[name] = chosen, networks
         save(result, out)
+    if kept:
+        result["deployed"] = deploy(kept, data, settings)
     result["relative_step_time"] = step_times(data, settings, result["results"])
     result["complete"] = True
     save(result, out)
@@ -292,7 +318,7 @@ def final(
     settings: Settings,
     source: robustness.Network,
     tick: Tick,
-) -> dict:
+) -> tuple[dict, list[Variables]]:
     """Trains fresh seeds with the chosen hyperparameters, then tests and attacks."""
     seeds = list(range(settings.seeds))
     measured, networks = _final_runs(
@@ -303,11 +329,13 @@ def final(
     attacked, warnings = attack(networks, data, settings, source)
     metrics = {"best": curves.max(1), "last": last} | attacked
     known = {}
+    if METHODS[name].levels:
+        known["level_distance"] = measured.distance
     if settings.sensitivity:
         gbr = {f"gbr of {f}": measured.gbr[..., i] for i, f in enumerate(SENSITIVE)}
         metrics |= {name: values[:, -1] for name, values in gbr.items()}
-        known = {"training_accuracy": measured.training_accuracy, **gbr}
-    return {
+        known |= {"training_accuracy": measured.training_accuracy, **gbr}
+    entry = {
         "test_accuracy": _rounded(curves),
         "log_energy": _rounded(measured.log_energy),
         "complexity": _rounded(measured.complexity),
@@ -325,6 +353,37 @@ def final(
         "gradients": gradients(networks, data, settings),
         "weights": weights(name, chosen, networks[0]["params"]),
     }
+    return entry, networks
+
+
+def deploy(
+    kept: dict[str, tuple[dict[str, float], list[Variables]]],
+    data: Dataset,
+    settings: Settings,
+) -> dict[str, dict]:
+    """Accuracy, bytes and times of trained networks in the forms they can be run in."""
+    model, x = models.make(settings.model, data.classes), jnp.asarray(data.x_test)
+    forms = {}
+    for name, (chosen, networks) in kept.items():
+        method = METHODS[name]
+        hyper: Any = {k: np.float32(v) for k, v in chosen.items()}  # as in training
+        own = deploy_module.FLOATS
+        if method.levels:
+            own = deploy_module.packed_forms(method.levels, method.walls(hyper))
+        for form in own:
+            forms[f"{name}: {form.label}"] = method.label, form, networks
+    found = deploy_module.measure(
+        model, {key: (form, many[0]) for key, (_, form, many) in forms.items()}, x
+    )
+    for key, (label, form, networks) in forms.items():
+        exact, shares = True, []
+        for network in networks:
+            logits = deploy_module.logits(model, form, network, x)
+            plain = deploy_module.logits(model, deploy_module.FLOATS[0], network, x)
+            exact &= bool(np.array_equal(logits, plain))
+            shares.append(_round(np.mean(logits.argmax(-1) == data.y_test)))
+        found[key] |= {"method": label, "accuracy": shares, "same_logits": exact}
+    return found
 
 
 def attack(

@@ -1,9 +1,6 @@
 """What a step of an optimizer costs: time, memory traffic and temporaries."""
 
 import functools
-import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,8 +10,9 @@ import numpy as np
 import optax
 
 import weightreg as wr
-from benchmarks import models
+from benchmarks import deploy, models
 from benchmarks.record import environment
+from benchmarks.timing import relative_times
 from benchmarks.train import example_loss, initialize
 
 LEAVES = 16
@@ -63,42 +61,6 @@ REGULARIZERS = {
         link=wr.add_shifted_l2(1e-4, 1e-3), norm=ENC
     ),
 }
-
-
-def relative_times(
-    steps: dict[str, Callable[[Any], Any]],
-    carries: dict[str, Any],
-    rounds: int = 200,
-    seconds: float = math.inf,
-) -> dict[str, float]:
-    """Time of each step over that of the first: the median of ratios.
-
-    The steps take turns in one process, in another order each round, so that what else
-    the machine does, and who went before, hits them alike.
-
-    Args:
-      steps: Compiled functions from a carry to the next.
-      carries: What each starts from.
-      rounds: How many turns each has, at most.
-      seconds: After how long no further turn begins, once each has had ten.
-    """
-    rng = np.random.default_rng(0)
-    carries = {name: step(carries[name]) for name, step in steps.items()}  # warm up
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    begun = time.perf_counter()
-    for turn in range(rounds):
-        if turn >= 10 and time.perf_counter() - begun > seconds:
-            break
-        for name in rng.permutation(list(steps)).tolist():
-            jax.block_until_ready(carries[name])
-            start = time.perf_counter()
-            carries[name] = jax.block_until_ready(steps[name](carries[name]))
-            times[name].append(time.perf_counter() - start)
-    base = times[next(iter(steps))]
-    return {
-        name: round(statistics.median(t / b for t, b in zip(own, base, strict=True)), 3)
-        for name, own in times.items()
-    }
 
 
 def compiled_step(tx: optax.GradientTransformation, params: Any, grads: Any):
@@ -164,6 +126,18 @@ def inference_times(model: str, batch: int, rounds: int) -> dict[str, float]:
     return relative_times(runs, dict.fromkeys(runs), rounds)
 
 
+def forms_of(model: str, rounds: int) -> dict[str, dict]:
+    """Bytes and times of running a network in floating point and from bits."""
+    network, x, _ = _task(model, max(deploy.BATCHES))
+    variables, _ = initialize(network, 0, x[:1])
+    forms = list(deploy.FLOATS)
+    for levels in ("binary", "ternary"):
+        forms += deploy.packed_forms(levels, wr.he_volume(0.5))
+    return deploy.measure(
+        network, {form.label: (form, variables) for form in forms}, x, rounds
+    )
+
+
 def _task(model: str, batch: int):
     """A network, and a batch of noise."""
     rng = np.random.default_rng(0)
@@ -194,4 +168,5 @@ def run(side: int, rounds: int) -> dict:
         },
         "training": {model: training_times(model, 100, rounds) for model in TRAINED},
         "inference": {model: inference_times(model, 100, rounds) for model in TRAINED},
+        "forms": {model: forms_of(model, rounds) for model in TRAINED},
     }

@@ -4,6 +4,7 @@ To add a method, add an entry to `METHODS`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,6 +44,10 @@ BASES: dict[str, Base] = {
 }
 
 
+QUANTIZERS = {"binary": wr.binarize, "ternary": wr.ternarize}
+QUANTIZE_EPOCHS = 2  # how many lie between, as in the paper
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A way to regularize.
@@ -56,9 +61,13 @@ class Method:
         multiplied by, by which the range of ``energy`` is divided: a product of norms
         has a size that no fixed range can foresee.
       fixed: All hyperparameters, for a method that is not tuned.
+      fixed_for: The base that these are for.
       volume: From hyperparameters to a volume rule, if weights have walls.
       norm: From hyperparameters to a map, see ``weightreg.equivalent_norm``, if the
         network does not run on the weights that are trained.
+      normed: Whether the map is for networks with a normalization after every layer.
+      levels: ``"binary"`` or ``"ternary"``, if such networks come out, at the walls.
+      on_the_way: Whether weights are also quantized every two epochs.
     """
 
     label: str
@@ -66,18 +75,55 @@ class Method:
     space: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     log_size: Callable[[Any], jax.Array] | None = None
     fixed: Hyperparameters | None = None
+    fixed_for: str = "momentum"
     volume: Callable[[Hyperparameters], Callable] | None = None
     norm: Callable[[Hyperparameters], Any] | None = None
+    normed: bool = True
+    levels: str | None = None
+    on_the_way: bool = True
 
     def build(
-        self, hyper: Hyperparameters, base: str, shrink: optax.Schedule | None = None
+        self,
+        hyper: Hyperparameters,
+        base: str,
+        shrink: optax.Schedule | None = None,
+        epoch: int = 1,
     ) -> optax.GradientTransformation:
-        """The optimizer for some hyperparameters, whose learning rate may shrink."""
+        """The optimizer for some hyperparameters.
+
+        Args:
+          hyper: The hyperparameters, which may be traced.
+          base: Name in `BASES`.
+          shrink: What the learning rate is multiplied by at each step.
+          epoch: Steps of an epoch.
+        """
         learning_rate = hyper["learning_rate"]
         rate = optax.scale_by_learning_rate(
             (lambda count: learning_rate * shrink(count)) if shrink else learning_rate
         )
-        return self.optimizer(hyper, BASES[base].direction(), rate)
+        optimizer = self.optimizer(hyper, BASES[base].direction(), rate)
+        if not (self.levels and self.on_the_way):
+            return optimizer
+        every = QUANTIZE_EPOCHS * epoch
+        return optax.chain(
+            optimizer, wr.quantize_every(every, self.levels, self.walls(hyper))
+        )
+
+    def walls(self, hyper: Hyperparameters) -> Callable:
+        """The rule for the walls of a method that has some."""
+        assert self.volume is not None
+        return self.volume(hyper)
+
+    def finish(self, hyper: Hyperparameters, params: Any) -> Any:
+        """What becomes of weights after training."""
+        if not self.levels:
+            return params
+        return QUANTIZERS[self.levels](params, self.walls(hyper))
+
+    def distances(self, hyper: Hyperparameters, params: Any) -> dict[str, jax.Array]:
+        """How far each layer is from its levels."""
+        assert self.levels is not None
+        return wr.level_distances(params, self.walls(hyper), self.levels)
 
     def whole_space(self, base: str, params: Any) -> Space:
         """The space for an untrained network, learning rate included."""
@@ -165,11 +211,65 @@ class Rescaled:
         return jax.tree.unflatten(treedef, leaves)
 
 
-def _volumization(h, direction, rate):
-    optimizer = optax.chain(direction, rate)
-    return wr.volumized(optimizer, wr.he_volume(h["v"]), 1 - h["one_minus_alpha"])
+def _boxed(volume: Callable[[Hyperparameters], Callable]):
+    """Volumization, with the walls that a rule gives."""
+
+    def optimizer(h, direction, rate):
+        chain = optax.chain(direction, rate)
+        return wr.volumized(chain, volume(h), 1 - h["one_minus_alpha"])
+
+    return optimizer
 
 
+def _he(h):
+    return wr.he_volume(h["v"])
+
+
+def _same(h):
+    """One ``V`` for all layers."""
+
+    def volume(params):
+        return jax.tree.map(lambda w: h["V"] if w else None, wr.weight_mask(params))
+
+    return volume
+
+
+@jax.custom_jvp
+def _straight_through(quantized: jax.Array, weight: jax.Array) -> jax.Array:
+    """Quantized weights, whose derivative is that of the weights."""
+    del weight
+    return quantized
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return _straight_through(*primals), tangents[1]
+
+
+class StraightThrough:
+    """The usual way to quantize: gradients pass as if weights had not been moved.
+
+    The weights that are trained stay in the box of which the levels are the walls
+    (Courbariaux, Bengio and David, BinaryConnect, 2015).
+    """
+
+    def __init__(self, levels: str, volume: Callable):
+        self._quantize = functools.partial(QUANTIZERS[levels], volume=volume)
+
+    def init(self, params: Any) -> Any:
+        """What is trained."""
+        return params
+
+    def __call__(self, params: Any) -> Any:
+        """What the network runs on."""
+        return jax.tree.map(_straight_through, self._quantize(params), params)
+
+
+def _clipped(h, direction, rate):
+    return optax.chain(direction, rate, wr.volumize(_he(h), 0.0))
+
+
+_VOLUMES = {"v": (0.02, 2.0), "one_minus_alpha": (1e-4, 1.0)}
 METHODS: dict[str, Method] = {
     "none": Method("none", lambda h, direction, rate: optax.chain(direction, rate)),
     "weight_decay": Method(
@@ -184,9 +284,9 @@ METHODS: dict[str, Method] = {
     "l2": Method("weight decay (L2)", _l2, {"strength": (1e-5, 1e-1)}),
     "volumization": Method(
         "volumization",
-        _volumization,
-        {"v": (0.02, 2.0), "one_minus_alpha": (1e-4, 1.0)},
-        volume=lambda h: wr.he_volume(h["v"]),
+        _boxed(_he),
+        _VOLUMES,
+        volume=_he,
     ),
     "weissi": Method(
         "WEISSI",
@@ -223,6 +323,50 @@ METHODS: dict[str, Method] = {
         _weissi,
         fixed={"learning_rate": 0.1, "energy": 1e-6, "complexity": 1e-5},
     ),
+}
+for _levels in QUANTIZERS:
+    METHODS[_levels] = Method(
+        _levels, _boxed(_he), _VOLUMES, volume=_he, levels=_levels
+    )
+    METHODS[f"{_levels}_ste"] = Method(
+        f"{_levels}, straight-through",
+        _clipped,
+        {"v": _VOLUMES["v"]},
+        volume=_he,
+        norm=functools.partial(
+            lambda levels, h: StraightThrough(levels, _he(h)), _levels
+        ),
+        normed=False,
+        levels=_levels,
+        on_the_way=False,
+    )
+    # Ziyin et al., section 5.4.
+    METHODS[f"{_levels}_paper"] = Method(
+        f"{_levels}, as in the paper",
+        _boxed(_same),
+        fixed={"learning_rate": 2e-4, "V": 0.1, "one_minus_alpha": 0.05},
+        fixed_for="adam",
+        volume=_same,
+        levels=_levels,
+    )
+# Ziyin et al., Table 3, and Figure 10.
+METHODS["volumization_paper"] = Method(
+    "volumization (0.25, 0.5)",
+    _boxed(_he),
+    fixed={"learning_rate": 2e-4, "v": 0.25, "one_minus_alpha": 0.5},
+    fixed_for="adam",
+    volume=_he,
+)
+METHODS |= {
+    f"box_{volume:g}_{alpha:g}": Method(
+        f"V {volume:g}, alpha {alpha:g}",
+        _boxed(_same),
+        fixed={"learning_rate": 1e-3, "V": volume, "one_minus_alpha": 1 - alpha},
+        fixed_for="adam",
+        volume=_same,
+    )
+    for alpha in (0.99, 0.9999)
+    for volume in (1.2, 0.9, 0.6, 0.3)
 }
 # Li, Chen and Yang, section 5.1; the numbers of shifted L2 are those of its authors.
 _RECIPE = {"learning_rate": 0.1, "strength": 1e-4}

@@ -327,6 +327,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     # With a normalization after every layer, as equivalent norms need it.
     "mlp_norm": lambda classes: NormMLP((256,), classes),
     "resnet_norm": lambda classes: NormResNet(classes),
+    "resnet18": lambda classes: NormResNet(classes, (2, 2, 2, 2), 64, 1),
     "resnet50": lambda classes: NormResNet(classes, (3, 4, 6, 3), 64, 1, True),
 }
 DEFAULT = {"digits": "mlp", "mnist": "mlp", "cifar10": "cnn"}

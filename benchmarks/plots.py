@@ -25,6 +25,7 @@ def draw(result: dict, out: pathlib.Path) -> list[pathlib.Path]:
         return []
     plots = [accuracy, energy, gradients, strength, weights]
     plots += [sensitivity] * bool(result["settings"].get("sensitivity"))
+    plots += [levels] * any("level_distance" in e for e in result["results"].values())
     return [plot(result, out) for plot in plots]
 
 
@@ -60,6 +61,19 @@ def sensitivity(result: dict, out: pathlib.Path) -> pathlib.Path:
     count = result["settings"]["sensitivity"]
     figure.suptitle(f"{title(result)}, on {count} training examples")
     return _save(figure, out, "sensitivity")
+
+
+def levels(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """How far weights in training are from their levels, over epochs."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    _over_epochs(axes, result, "level_distance", 1)
+    axes.set(
+        ylim=(0, None),
+        ylabel="mean distance from a level, in units of V",
+        title=title(result),
+    )
+    axes.legend()
+    return _save(figure, out, "levels")
 
 
 def energy(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -174,6 +188,8 @@ def _over_epochs(
     axes, result: dict, name: str, factor: float, band: bool = True, **line: Any
 ) -> None:
     for colour, entry in _methods(result):
+        if name not in entry:
+            continue
         curves = factor * np.array(entry[name], float)  # None becomes NaN
         epochs = np.arange(1, curves.shape[1] + 1)
         mean, std = curves.mean(0), curves.std(0, ddof=1 if len(curves) > 1 else 0)

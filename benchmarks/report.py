@@ -4,8 +4,10 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping
 
+import numpy as np
 from rich.table import Table
 
+from benchmarks.deploy import BATCHES
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.plots import title
 
@@ -28,6 +30,7 @@ BLOCKS = {
     "results": "*-noise[0-9]*.json",
     "weissi": "weissi-table1-*.json",
     "enc": "enc-tables-*.json",
+    "quantization": "quantization-*.json",
     "cost": "cost-*.json",
 }
 
@@ -84,6 +87,17 @@ def table(result: dict) -> Table:
     return shown
 
 
+def deployed_table(result: dict) -> Table:
+    """The table of `deployed` for a terminal."""
+    head, cells, sentence = deployed(result)
+    shown = Table(title="Stored and run", caption=sentence)
+    for i, name in enumerate(head):
+        shown.add_column(name, justify="left" if i < 2 else "right")
+    for row in cells:
+        shown.add_row(*row)
+    return shown
+
+
 def verdict(result: dict) -> list[str]:
     """What the numbers say, and what they do not."""
     results = result["results"]
@@ -125,9 +139,7 @@ def verdict(result: dict) -> list[str]:
 def markdown(result: dict) -> str:
     """The same table, sentences and settings for the README."""
     lines = [f"**{_heading(result)}**", ""]
-    lines += ["| " + " | ".join(header(result)) + " |"]
-    lines += ["| --- " * len(header(result)) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(result)]
+    lines += _markdown_table(header(result), rows(result))
     published, note = paper(result)
     for label, metrics in published.items():
         cells = [f"*{metrics[m]:.1f}*" if m in metrics else "" for m in COLUMNS]
@@ -135,33 +147,97 @@ def markdown(result: dict) -> str:
         lines.append(f"| *paper: {label}* | | {' | '.join(cells)} | |")
     lines += ["", *(f"- {line}" for line in verdict(result))]
     lines += [f"- {note}", ""] if note else [""]
+    if "deployed" in result:
+        head, cells, sentence = deployed(result)
+        lines += [*_markdown_table(head, cells), "", f"- {sentence}", ""]
     lines.append(f"`{result['command']}`, {result['device']}.")
     return "\n".join(lines)
 
 
+def deployed(result: dict) -> tuple[list[str], list[list[str]], str]:
+    """Trained networks in the forms they can be stored and run in.
+
+    Returns:
+      The header of a table, its rows, and a sentence on the networks run from bits.
+    """
+    forms = result["deployed"]
+    float32 = next(iter(forms.values()))["kernel_bytes"]
+    table = []
+    for form in forms.values():
+        shares = 100 * np.array(form["accuracy"])
+        spread = np.std(shares, ddof=1) if len(shares) > 1 else 0.0
+        names = [form["method"], form["form"], f"{shares.mean():.2f} ± {spread:.2f}"]
+        table.append(names + form_cells(form, float32))
+    other = {f["method"] for f in forms.values() if _bits(f) and not f["same_logits"]}
+    sentence = (
+        f"Warning: run from bits, logits differ from float32: {', '.join(other)}."
+        if other
+        else "Networks run from bits give the logits of the same network in float32, "
+        "bit for bit, for all test examples and seeds."
+    )
+    return ["network", "stored as", "test accuracy", *FORM_COLUMNS], table, sentence
+
+
+def _bits(form: dict) -> bool:
+    return "bits" in form["form"]
+
+
+FORM_COLUMNS = (
+    "bytes of weights",
+    "times fewer",
+    "bytes of the file",
+    "bytes on the device",
+    "peak, batch 1",
+    "peak, batch 100",
+    "time, batch 1",
+    "time, batch 100",
+)
+
+
+def form_cells(form: dict, float32_bytes: int) -> list[str]:
+    """What `FORM_COLUMNS` name."""
+    sizes = ("kernel_bytes", "file_bytes", "device_bytes")
+    weights, *others = (f"{form[name]:,}" for name in sizes)
+    peaks = (f"{form[f'peak_bytes_{batch}']:,}" for batch in BATCHES)
+    times = (f"{form[f'relative_time_{batch}']:.2f}" for batch in BATCHES)
+    fewer = f"{float32_bytes / form['kernel_bytes']:.4g}"
+    return [weights, fewer, *others, *peaks, *times]
+
+
 def cost_markdown(result: dict) -> str:
     """The table of `benchmarks.cost` for the README."""
-    lines = [
-        "| optimizer | time of its step | bytes read and written a parameter "
-        "| temporary bytes a parameter |",
-        "| --- " * 4 + "|",
+    columns = ["time of its step", "bytes read and written a parameter"]
+    columns += ["temporary bytes a parameter"]
+    kept = [
+        [
+            f"`{name}`",
+            f"{c['relative_time']:.2f}",
+            f"{c['bytes']:.0f}",
+            f"{c['temporary_bytes']:.0f}",
+        ]
+        for name, c in result["optimizers"].items()
     ]
-    for name, c in result["optimizers"].items():
-        lines.append(
-            f"| `{name}` | {c['relative_time']:.2f} | {c['bytes']:.0f} "
-            f"| {c['temporary_bytes']:.0f} |"
-        )
+    lines = _markdown_table(["optimizer", *columns], kept)
     for kind, what in (("training", "training step"), ("inference", "inference")):
         models = result[kind]
-        lines += ["", f"| {what} | {' | '.join(models)} |"]
-        lines += ["| --- " * (1 + len(models)) + "|"]
-        for name in next(iter(models.values())):
-            times = (f"{step[name]:.2f}" for step in models.values())
-            lines.append(f"| {_code(name)} | {' | '.join(times)} |")
+        cells = [
+            [_code(name), *(f"{step[name]:.2f}" for step in models.values())]
+            for name in next(iter(models.values()))
+        ]
+        lines += ["", *_markdown_table([what, *models], cells)]
+    for model, forms in result["forms"].items():
+        first = next(iter(forms.values()))["kernel_bytes"]
+        cells = [[form["form"], *form_cells(form, first)] for form in forms.values()]
+        lines += ["", *_markdown_table([f"{model} as", *FORM_COLUMNS], cells)]
     millions = result["parameters"] / 1e6
     lines += ["", f"`{result['command']}`, {millions:.1f} million float32 parameters,"]
     lines += [f"{result['device']}; times relative to the first."]
     return "\n".join(lines)
+
+
+def _markdown_table(head: list[str], cells: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *cells)]
+    return [lines[0], "| --- " * len(head) + "|", *lines[1:]]
 
 
 def update_readme(readme: pathlib.Path, check: bool = False) -> bool:

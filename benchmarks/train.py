@@ -64,6 +64,8 @@ class Measured(NamedTuple):
       training_accuracy: On training examples that are not augmented, as they are
         labelled, if sensitivity is asked for.
       gbr: Likewise, the ``weightreg.gbr`` of each of `SENSITIVE`; (runs, 3).
+      distance: Of the weights that are trained from their levels, if they have some:
+        the mean over layers, see ``weightreg.level_distances``.
     """
 
     accuracy: Any
@@ -72,6 +74,7 @@ class Measured(NamedTuple):
     complexity: Any
     training_accuracy: Any
     gbr: Any
+    distance: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,9 @@ class Training:
         no attack.
       norm: From hyperparameters to a map from what is trained to what the network
         runs on, whose method ``init`` says what is trained; None for no map.
+      finish: From hyperparameters and what the network runs on, to what becomes of it
+        after training, which is what is measured; None for no change.
+      distances: Likewise, to how far each layer is from that, if it is to be measured.
       augment: Names of augmentations.
       sensitivity: Training examples on which to measure the sensitivity to inputs.
     """
@@ -100,6 +106,8 @@ class Training:
     adversary: float = 0.0
     epsilon: float | None = None
     norm: Callable[[Hyperparameters], Any] | None = None
+    finish: Callable[[Hyperparameters, Any], Any] | None = None
+    distances: Callable[[Hyperparameters, Any], dict[str, jax.Array]] | None = None
     augment: tuple[str, ...] = ()
     sensitivity: int = 0
 
@@ -110,6 +118,11 @@ class Training:
     def fold(self, hyper: Hyperparameters, params: Any) -> Any:
         """What the network runs on."""
         return self.norm(hyper)(params) if self.norm else params
+
+    def finished(self, hyper: Hyperparameters, params: Any) -> Any:
+        """What the network is once training is over."""
+        folded = self.fold(hyper, params)
+        return self.finish(hyper, folded) if self.finish else folded
 
 
 class Population:
@@ -162,9 +175,9 @@ class Population:
         return progress, jax.tree.map(lambda x: np.asarray(x)[: self._runs], measured)
 
     def networks(self, progress: Progress) -> list[models.Variables]:
-        """What every run's network is: folded, with its statistics."""
-        fold = jax.jit(jax.vmap(self._training.fold))
-        params = fold(self._hyper, progress.params)
+        """What every run's network is: finished, with its statistics."""
+        finished = jax.jit(jax.vmap(self._training.finished))
+        params = finished(self._hyper, progress.params)
         stacked = jax.device_get({"params": params, **progress.stats})
         return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self._runs)]
 
@@ -191,8 +204,11 @@ class Population:
 
         carry = progress.params, progress.stats, progress.opt_state
         (params, stats, opt_state), _ = jax.lax.scan(step, carry, batches)
-        network = {"params": self._training.fold(hyper, params), **stats}
+        network = {"params": self._training.finished(hyper, params), **stats}
         measured = self._measure(network, arrays, labels, shuffle)
+        if self._training.distances:
+            layers = self._training.distances(hyper, params).values()
+            measured = measured._replace(distance=jnp.mean(jnp.stack([*layers])))
         return Progress(params, stats, opt_state, key), measured
 
     def _measure(self, network, arrays: Arrays, labels: Labels, key) -> Measured:
@@ -215,7 +231,9 @@ class Population:
         if count := self._training.sensitivity:
             first = arrays.x_train[:count], labels.train[:count]
             fitted, gbr = sensitivity(model, network, *first, key)
-        return Measured(shares[0], attacked, energy, complexity, fitted, gbr)
+        return Measured(
+            shares[0], attacked, energy, complexity, fitted, gbr, distance=jnp.nan
+        )
 
     def _mapped(self, one, mapping: str, donate: bool = False):
         donated = (0,) if donate else ()

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import cost
-from benchmarks.cost import OPTIMIZERS, compiled_step, memory, relative_times
+from benchmarks import cost, timing
+from benchmarks.cost import OPTIMIZERS, compiled_step, memory
+from benchmarks.timing import relative_times
 
 PARAMS = {str(i): jnp.ones((256, 256)) for i in range(4)}
 COUNT = 4 * 256**2
@@ -53,7 +54,7 @@ def test_the_measured_step_is_a_step(name):
 def test_relative_times_are_medians_over_turns(monkeypatch):
     """By a clock that the steps themselves move, twice as fast in every other round."""
     now, calls = [0.0], []
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def step(name, seconds):
         def advance(carry):
@@ -107,7 +108,7 @@ def test_folded_networks_run_the_program_of_plain_ones(monkeypatch):
 
 def test_turns_end_when_time_is_up(monkeypatch):
     now, calls = [0.0], []
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def step(carry):
         calls.append(1)

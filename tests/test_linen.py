@@ -386,3 +386,106 @@ def test_scanned_layers_are_mapped_one_by_one():
     for i in range(3):
         h = jnp.tanh(h @ folded["kernel"][i] + folded["bias"][i])
     np.testing.assert_allclose(ours.apply(variables, x, None)[0], h, rtol=1e-5)
+
+
+class Own(nn.Module):
+    """Its own weight beside a layer, shared layers, and what is noted on the way."""
+
+    @nn.compact
+    def __call__(self, x):
+        own = self.param("own", nn.initializers.normal(), (8, 8))
+        shared = nn.Dense(8)
+        y = shared(nn.tanh(shared(x @ own)))
+        self.sow("intermediates", "y", y)
+        return nn.Dropout(0.5, deterministic=False)(y)
+
+
+class Normalized(nn.Module):
+    """With variables that change in a call, and layers made in ``setup``."""
+
+    def setup(self):
+        self.first, self.norm = nn.Dense(8), nn.BatchNorm(use_running_average=False)
+
+    def __call__(self, x):
+        return self.norm(self.first(x))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.tanh(nn.Dense(8)(x)), None
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        return nn.scan(Layer, length=3, **axes)()(x, None)[0]
+
+
+class Rematerialized(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.remat(nn.Dense)(8)(x)
+
+
+def stacks(params):
+    """Of scanned layers."""
+    return jax.tree.map(lambda x: Dims(1, 2) if x.ndim == 3 else None, params)
+
+
+def from_bits(model, variables, *args, **kwargs):
+    with nn.intercept_methods(weightreg.linen.unpack_layers):
+        return model.apply(variables, *args, **kwargs)
+
+
+PACKED = {
+    "own": (Own(), {"mutable": ["intermediates"], "rngs": {"dropout": KEY}}, None),
+    "normalized": (Normalized(), {"mutable": ["batch_stats"]}, None),
+    "scanned": (Scanned(), {}, stacks),
+    "rematerialized": (Rematerialized(), {}, None),
+    "attention": (nn.MultiHeadDotProductAttention(2), {}, None),
+    "recurrent": (nn.RNN(nn.LSTMCell(8)), {}, None),
+    "convolutions": (nn.Sequential([nn.Conv(4, (3,)), nn.relu, nn.Dense(3)]), {}, None),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_networks_run_layer_by_layer_from_bits(name):
+    model, given, dims = PACKED[name]
+    x = jnp.asarray(RNG.normal(size=(2, 4, 8)), jnp.float32)
+    variables = quick.jit(model.init)({"params": KEY, "dropout": KEY}, x)
+    packed = wr.pack(variables["params"], 0.3, "ternary", dims=dims)
+    run = jax.jit(lambda v, x: from_bits(model, v, x, **given))
+    plain = jax.jit(lambda v, x: model.apply(v, x, **given))
+    got = run({**variables, "params": packed}, x)
+    expected = plain({**variables, "params": wr.unpack(packed)}, x)
+    chex.assert_trees_all_equal(got, expected)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal(run(variables, x), plain(variables, x))  # not packed
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other plans on a GPU")
+def test_one_layer_of_a_network_is_held_at_a_time():
+    model = nn.Sequential([nn.Dense(128) for _ in range(6)])
+    x = jnp.ones((4, 128))
+    packed = wr.pack(quick.jit(model.init)(KEY, x)["params"], 0.1, "binary")
+    run = jax.jit(lambda p, x: from_bits(model, {"params": p}, x))
+    held = run.lower(packed, x).compile().memory_analysis().temp_size_in_bytes
+    assert held < 1.2 * 128 * 128 * 4
+
+
+def test_what_cannot_run_from_bits_says_so():
+    embedding, tokens = nn.Embed(5, 8), jnp.arange(3)
+    packed = wr.pack({"embedding": jnp.ones((5, 8))}, 0.3, "binary")
+    with pytest.raises(ValueError, match=r"Embed at ''.*\(embedding\) in setup.*mask"):
+        from_bits(embedding, {"params": packed}, tokens)
+    mapped = EquivalentNorm(nn.Dense(8))
+    variables = quick.jit(mapped.init)(KEY, H)
+    packed = wr.pack(variables["params"], 0.3, "binary")
+    with pytest.raises(ValueError, match=r"packed already at \['kernel'\]"):
+        from_bits(mapped, {"params": packed}, H)
+    folded = mapped.fold(variables)["params"]
+    got = from_bits(nn.Dense(8), {"params": wr.pack(folded, 0.3, "binary")}, H)
+    expected = nn.Dense(8).apply({"params": wr.binarize(folded, 0.3)}, H)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

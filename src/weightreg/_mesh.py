@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def placed(
@@ -26,4 +26,7 @@ def placed(
 def gathered(x: jax.Array, kept: Iterable[int]) -> jax.Array:
     """``x``, of which an explicit mesh splits no axes but those ``kept``."""
     spec = placed(x, range(x.ndim), tuple(kept))
-    return x if spec is None else jax.sharding.reshard(x, spec)
+    if spec is None:
+        return x
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))

@@ -98,12 +98,7 @@ def pack(
       Array([[ 0.5, -0.5,  0.5]], dtype=float32)
     """
     check_levels(levels)
-    paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed)
-    for path, leaf in paths:
-        if is_packed(leaf):
-            raise ValueError(
-                f"params are packed already at {show_path(path)}: unpack them first."
-            )
+    refuse_packed(params)
     leaves, treedef = jax.tree.flatten(params)
     weights = weights_with_scales("pack", params, volume, mask, dims)
     for index, weight in weights.items():
@@ -159,8 +154,9 @@ def unpack(packed: Any, *, after: jax.Array | None = None) -> Any:
     def one(node: Any) -> Any:
         if not is_packed(node):
             return node
-        bits = node.bits if first is None else _then(first, node.bits)
-        return dataclasses.replace(node, bits=bits).unpack()
+        # The scale is what all weights are made of, and the smallest array to wait.
+        scale = node.scale if first is None else _then(first, node.scale)
+        return dataclasses.replace(node, scale=scale).unpack()
 
     return jax.tree.map(one, packed, is_leaf=is_packed)
 
@@ -168,6 +164,15 @@ def unpack(packed: Any, *, after: jax.Array | None = None) -> Any:
 def is_packed(node: Any) -> bool:
     """Whether a node of a tree is a `PackedWeight`."""
     return isinstance(node, PackedWeight)
+
+
+def refuse_packed(params: Any) -> None:
+    """Refuses packed weights where numbers are needed."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed):
+        if is_packed(leaf):
+            raise ValueError(
+                f"params are packed already at {show_path(path)}: unpack them first."
+            )
 
 
 def _first_number(after: Any) -> jax.Array | None:
@@ -218,9 +223,10 @@ def _encode(w, scale, levels, stacked) -> PackedWeight:
 def _decode(packed: PackedWeight) -> jax.Array:
     stack, count = packed.scale.shape, math.prod(packed.shape)
     bits = gathered(packed.bits, range(len(stack)))
-    planes = jnp.unpackbits(bits, -1, count).astype(bool)
-    nonzero = planes[..., 0, :] if packed.levels == "ternary" else None
-    w = level(nonzero, planes[..., -1, :], packed.scale[..., None])
+    # Plane by plane: on CPU both at once would take several times as long.
+    plane = lambda i: jnp.unpackbits(bits[..., i, :], -1, count).astype(bool)  # noqa: E731
+    nonzero = plane(0) if packed.levels == "ternary" else None
+    w = level(nonzero, plane(-1), packed.scale[..., None])
     w = w.reshape(*stack, *packed.shape)
     # Loops take the first axes of a stack away, and stacks of networks have more.
     gone = len(packed.stack_axes) - len(stack)
@@ -234,8 +240,9 @@ def _then(first: jax.Array, x: jax.Array) -> jax.Array:
     # An optimization barrier would say so, but is gone when XLA orders things on CPU.
     # Of a number and its successor one is even; XLA does not know.
     number = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
-    number = number.astype(jnp.uint8)
-    return x | (number * (number + 1) & 1)
+    bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits |= (number * (number + 1) & 1).astype(bits.dtype)
+    return lax.bitcast_convert_type(bits, x.dtype)
 
 
 @_then.def_vmap

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jax.tree_util import DictKey
 
 from weightreg._pack import PackedWeight, is_packed
-from weightreg._quantize import LEVELS
+from weightreg._quantize import PLANES, check_levels
 from weightreg._trees import KeyPath, show_path
 
 FORMAT = "weightreg.packed"
@@ -113,12 +114,12 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     data = path.read_bytes()
     about = _about(path, data)
     described = about["leaves"]
+    tensors = dict(_safetensors().deserialize(data))
     try:
-        tensors = dict(_safetensors().deserialize(data))
         leaves = {name: _leaf(tensors[name], d) for name, d in described.items()}
     except _Narrowed as error:
         raise ValueError(f"{path} has {error}") from None
-    except Exception as error:  # what has a right checksum, but not from here
+    except (KeyError, TypeError, ValueError) as error:  # signed, but not from here
         raise ValueError(f"{path} is no packed network: {error}") from error
     if like is not None:
         return _as(like, leaves, path)
@@ -179,19 +180,21 @@ def _describe(name: str, keys: KeyPath, leaf: Any) -> dict[str, Any]:
 
 def _leaf(tensor: dict[str, Any], entry: dict[str, Any]) -> Any:
     """The inverse of `_describe`, with the tensor's own bytes."""
-    packed, dtype = entry["levels"] is not None, jnp.dtype(entry["dtype"])
-    if packed and entry["levels"] not in LEVELS:
-        raise ValueError(f"levels {entry['levels']!r}")
-    stored = np.dtype(np.uint8) if packed else dtype
-    array = np.frombuffer(tensor["data"], stored).reshape(tensor["shape"])
-    if not packed:
-        return _on_device(array)
+    levels, shape = entry["levels"], tuple(entry["shape"])
+    dtype = jnp.dtype(entry["dtype"])
+    if levels is None:
+        return _on_device(np.frombuffer(tensor["data"], dtype).reshape(shape))
+    check_levels(levels)
+    bits = np.frombuffer(tensor["data"], np.uint8).reshape(tensor["shape"])
+    scale = np.asarray(entry["scale"], np.float64).astype(dtype)
+    if bits.shape != (*scale.shape, PLANES[levels], -(-math.prod(shape) // 8)):
+        raise ValueError(f"bits of shape {bits.shape} for {levels} weights {shape}")
     return PackedWeight(
-        bits=_on_device(array),
-        scale=_on_device(np.asarray(entry["scale"], np.float64).astype(dtype)),
-        shape=tuple(entry["shape"]),
+        bits=_on_device(bits),
+        scale=_on_device(scale),
+        shape=shape,
         dtype=dtype,
-        levels=entry["levels"],
+        levels=levels,
         stack_axes=tuple(entry["stack_axes"]),
     )
 

@@ -16,7 +16,8 @@ from weightreg._trees import leaves_like, show_path
 from weightreg._volumes import check_argument, volumes_of
 from weightreg._weights import Dims, Mask, stack_axes
 
-LEVELS = ("binary", "ternary")
+# How many bits of a weight `codes` gives.
+PLANES = {"binary": 1, "ternary": 2}
 
 
 class QuantizeState(NamedTuple):
@@ -317,7 +318,7 @@ def level(
 
 def check_levels(levels: Any) -> None:
     """Refuses all but the two names."""
-    if levels not in LEVELS:
+    if levels not in list(PLANES):
         raise ValueError(f"levels must be 'binary' or 'ternary', not {levels!r}.")
 
 

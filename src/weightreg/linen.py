@@ -165,10 +165,11 @@ def unpack_layers(
     weights of one layer at a time. The result is that of
     ``model.apply({"params": weightreg.unpack(packed)}, x)``.
 
-    The parameters are read only: initialize and train networks without it. Layers that
-    make their parameters in ``setup``, as ``nn.Embed`` does, cannot be told apart from
-    their networks in time: leave them out with the ``mask`` of `weightreg.pack`, or
-    unpack them before.
+    It is for inference: parameters are read only. Layers of ``nn.scan`` have to be
+    packed with ``dims``, so that each has bits of its own. Layers that make their
+    parameters in ``setup``, as ``nn.Embed`` does, read them before there is an input:
+    leave them out with the ``mask`` of `weightreg.pack`, or unpack them before.
+    ``capture_intermediates`` finds every packed layer twice.
 
     Raises:
       ValueError: A layer makes packed parameters in ``setup``.
@@ -191,7 +192,8 @@ def unpack_layers(
     """
     own = context.module.variables.get("params", {})
     packed = [name for name, value in own.items() if isinstance(value, PackedWeight)]
-    if not packed:
+    # Functions that lifted transformations call have no names among the methods.
+    if not packed or not hasattr(context.module, context.method_name):
         return next_fun(*args, **kwargs)
     if context.method_name == "setup":
         path = "/".join(context.module.path)

@@ -1,0 +1,283 @@
+"""Packed networks as files: exact, readable by others, and never wrong unnoticed."""
+
+import hashlib
+import json
+import pathlib
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from flax.core import FrozenDict
+from optax.contrib import MuonDimensionNumbers as Dims
+
+import weightreg as wr
+
+
+def weights(shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+def network(levels="binary", dtype=jnp.float32):
+    params = {
+        "Dense_0": {"kernel": weights((9, 5), dtype), "bias": weights((5,), dtype)},
+        "Layers": {
+            "kernel": weights((3, 4, 5), dtype),
+            "scale": weights((3, 4), dtype),
+        },
+    }
+    none = {"bias": None, "scale": None}
+    dims = {"Dense_0": Dims(0, 1), "Layers": {"kernel": Dims(1, 2)}}
+    dims = {
+        k: {"kernel": d if isinstance(d, Dims) else d["kernel"]}
+        for k, d in dims.items()
+    }
+    dims["Dense_0"]["bias"], dims["Layers"]["scale"] = none.values()
+    volume = {"Dense_0": 0.1, "Layers": jnp.array([0.1, 0.2, 0.3]).reshape(3, 1, 1)}
+    return wr.pack(params, volume, levels, dims=dims)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert isinstance(x, jax.Array) and x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def saved(tmp_path, packed, name="network.safetensors"):
+    path = tmp_path / name
+    wr.save_packed(packed, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("levels", ["binary", "ternary"])
+def test_round_trips(tmp_path, levels, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        packed = network(levels, jnp.dtype(dtype))
+        path = saved(tmp_path, packed)
+        assert_same(wr.load_packed(path), packed)
+        assert_same(wr.load_packed(str(path), like=packed), packed)
+        like = jax.eval_shape(lambda: wr.unpack(packed))
+        assert_same(wr.load_packed(path, like=like), packed)
+        assert_same(wr.unpack(wr.load_packed(path)), wr.unpack(packed))
+        data = path.read_bytes()
+        wr.save_packed(packed, path)
+        assert path.read_bytes() == data  # the same network is the same file
+
+
+def test_other_leaves_are_kept_as_they_are(tmp_path):
+    tree = {
+        "kernel": weights((1, 1)),
+        "empty": weights((0, 3)),
+        "number": jnp.float32(-0.0),
+        "count": jnp.arange(3),
+        "flags": jnp.array([True, False]),
+        "keys": jax.random.key_data(jax.random.key(3)),
+        "small": jnp.array([0.5, jnp.nan, jnp.inf], jnp.float8_e4m3fn),
+        "numpy": np.ones(2, np.int8),
+        "a b/c'\"é\\": {"": jnp.array([1e-45, jnp.nan, -jnp.inf])},
+    }
+    mask = {**dict.fromkeys(tree, False), "kernel": True, "empty": True}
+    packed = wr.pack(tree, 1e-30, "ternary", mask=mask)
+    assert_same(
+        wr.load_packed(saved(tmp_path, packed)), jax.tree.map(jnp.asarray, packed)
+    )
+    plain = {"bias": jnp.ones(3)}  # a network of which nothing is packed
+    assert_same(wr.load_packed(saved(tmp_path, plain)), plain)
+
+
+def test_trees_that_are_no_dicts_need_one_like_them(tmp_path):
+    state = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    for tree in (state, FrozenDict({"a": {"w": weights((2, 3))}}), [weights((2, 3))],
+                 weights((2, 3)), {"a": weights((2, 3)), "hole": None, "empty": {}},
+                 {1: weights((2, 3))}):  # fmt: skip
+        packed = wr.pack(tree, 0.5, "binary")
+        path = saved(tmp_path, packed)
+        assert_same(wr.load_packed(path, like=tree), packed)
+        with pytest.raises(ValueError, match="something else than dicts: pass like="):
+            wr.load_packed(path)
+
+
+def test_what_a_file_says_to_others(tmp_path):
+    """Read with safetensors alone; weights are 32 and 16 times smaller than float32."""
+    kernels = {"a": weights((128, 64)), "b": weights((64, 16))}
+    size = sum(k.nbytes for k in kernels.values())
+    for levels, fewer in (("binary", 32), ("ternary", 16)):
+        packed = wr.pack({**kernels, "bias": jnp.ones(7)}, 0.1, levels)
+        path = saved(tmp_path, packed)
+        with safetensors.safe_open(path, framework="np") as file:
+            assert sorted(file.keys()) == ["['a']", "['b']", "['bias']"]
+            bits = [file.get_tensor(f"['{name}']") for name in kernels]
+            about = json.loads(file.metadata()["weightreg.packed"])
+        assert fewer * sum(b.nbytes for b in bits) == size
+        assert path.stat().st_size < size / fewer + 2000
+        np.testing.assert_array_equal(bits[0], packed["a"].bits)
+        assert about["version"] == 1
+        assert about["leaves"]["['b']"] == {
+            "keys": ["b"],
+            "dtype": "float32",
+            "shape": [64, 16],
+            "levels": levels,
+            "scale": float(np.float32(0.1)),
+            "stack_axes": [],
+        }
+        assert about["leaves"]["['bias']"]["levels"] is None
+
+
+def test_one_changed_byte_is_enough(tmp_path):
+    path = saved(tmp_path, network("ternary"))
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    flips = rng.integers(1, 256, len(data))
+    for i, flip in enumerate(flips.tolist()):
+        path.write_bytes(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
+        with pytest.raises(ValueError, match=r"network\.safetensors"):
+            wr.load_packed(path)
+    # The case of the checksum's own digits is a change, too.
+    place = data.index(b"checksum") + 16
+    letter = next(i for i in range(place, place + 64) if data[i : i + 1].isalpha())
+    upper = data[:letter] + data[letter : letter + 1].upper() + data[letter + 1 :]
+    path.write_bytes(upper)
+    with pytest.raises(ValueError, match="damaged"):
+        wr.load_packed(path)
+
+
+def test_missing_and_additional_bytes(tmp_path):
+    path = saved(tmp_path, network())
+    data = path.read_bytes()
+    for n in [*range(0, len(data), 37), len(data) - 1]:
+        path.write_bytes(data[:n])
+        with pytest.raises(ValueError, match=r"network\.safetensors"):
+            wr.load_packed(path)
+    for other in (data + b"\0", data[1:], b"\0" + data, data + data, b""):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match=r"network\.safetensors"):
+            wr.load_packed(path)
+
+
+def signed(path, change):
+    """Rewrites a file's metadata, with a checksum by the rule in its docstring."""
+    tensors = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, framework="np") as file:
+        about = json.loads(file.metadata()["weightreg.packed"])
+    change(about)
+    about["checksum"] = "0" * 64
+    data = safetensors.numpy.save(tensors, {"weightreg.packed": json.dumps(about)})
+    digest = hashlib.sha256(data).hexdigest().encode()
+    path.write_bytes(data.replace(b"0" * 64, digest, 1))
+
+
+def test_other_versions_and_what_only_looks_right(tmp_path):
+    path = saved(tmp_path, network())
+    signed(path, lambda about: None)
+    assert_same(wr.load_packed(path), network())  # so the rule is the documented one
+    kernel = "['Dense_0']['kernel']"
+    changes = {
+        "version 2.*reads 1": {"version": 2},
+        "version '1'": {"version": "1"},
+        "no packed network.*octal": {"levels": "octal"},
+        "no packed network.*'nonsense'": {"dtype": "nonsense"},
+        "no packed network.*missing": {"missing": None},
+    }
+    for words, change in changes.items():
+        path = saved(tmp_path, network())
+
+        def edit(about, change=change):
+            if "version" in change:
+                about.update(change)
+            elif "missing" in change:
+                about["leaves"]["missing"] = about["leaves"].pop(kernel)
+            else:
+                about["leaves"][kernel].update(change)
+
+        signed(path, edit)
+        with pytest.raises(ValueError, match=f"(?s){words}"):
+            wr.load_packed(path)
+    shapes = {"shape": [7, 7]}, {"stack_axes": None}, {"scale": [0.1]}
+    for change in (*shapes, {"levels": "ternary"}):
+        path = saved(tmp_path, network())
+        signed(path, lambda about, c=change: about["leaves"][kernel].update(c))
+        with pytest.raises(ValueError, match="no packed network"):
+            wr.load_packed(path)
+    safetensors.numpy.save_file({"w": np.ones(3)}, path)
+    with pytest.raises(ValueError, match="no packed network"):
+        wr.load_packed(path)
+    path.write_text("something else")
+    with pytest.raises(ValueError, match="no packed network"):
+        wr.load_packed(path)
+    with pytest.raises(FileNotFoundError):
+        wr.load_packed(tmp_path / "nowhere")
+
+
+def test_another_network_than_expected(tmp_path):
+    params = wr.unpack(network())
+    path = saved(tmp_path, network())
+    fewer = {"Dense_0": params["Dense_0"]}
+    more = {**params, "Dense_1": params["Dense_0"]}
+    shape = {**params, "Dense_0": {**params["Dense_0"], "kernel": jnp.ones((5, 9))}}
+    dtype = {**params, "Dense_0": {**params["Dense_0"], "bias": jnp.ones(5, jnp.int32)}}
+    for like, words in (
+        (fewer, r"has, and like has not, \['Layers'\]\['kernel'\]"),
+        (more, r"lacks \['Dense_1'\]\['bias'\]"),
+        (shape, r"\['Dense_0'\]\['kernel'\] it has float32\[9, 5\].*float32\[5, 9\]"),
+        (dtype, r"\['Dense_0'\]\['bias'\] it has float32\[5\].*int32\[5\]"),
+        ([jnp.ones(3)], "lacks"),
+        ({}, "has, and like has not"),
+        (wr.pack(shape, 0.5, "binary"), r"float32\[5, 9\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wr.load_packed(path, like=like)
+
+
+def test_what_cannot_be_saved_leaves_the_file_alone(tmp_path, monkeypatch):
+    path = saved(tmp_path, network())
+    data = path.read_bytes()
+    nan = wr.pack({"w": jnp.array([[jnp.nan]])}, 0.5, "binary")
+    for packed, error, words in (
+        (nan, ValueError, r"scale that is not finite at \['w'\]"),
+        ({}, ValueError, "no leaves"),
+        ({"a": "text"}, TypeError, r"str at \['a'\]"),
+        ({"a": 1.5}, TypeError, r"float at \['a'\]"),
+        ({"key": jax.random.key(0)}, TypeError, r"at \['key'\]"),
+        ({"a": jnp.ones(3, jnp.int4)}, TypeError, "safetensors cannot hold"),
+    ):
+        with pytest.raises(error, match=words):
+            wr.save_packed(packed, path)
+    with pytest.raises(TypeError, match="path must be the path of a file, not dict"):
+        wr.save_packed(path, network())
+    with pytest.raises(TypeError, match="path must"):
+        wr.load_packed(3)
+
+    def interrupted(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wr.save_packed(network("ternary"), path)
+    monkeypatch.undo()
+    assert path.read_bytes() == data
+    chex.assert_trees_all_equal(wr.load_packed(path), network())
+
+
+def test_numbers_that_jax_would_narrow(tmp_path):
+    with jax.enable_x64(True):
+        path = saved(tmp_path, network(dtype=jnp.float64))
+    with pytest.raises(ValueError, match=r"float64.*jax_enable_x64"):
+        wr.load_packed(path)
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    path = saved(tmp_path, network())
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    for call in (lambda: wr.save_packed(network(), path), lambda: wr.load_packed(path)):
+        with pytest.raises(ImportError, match=r"pip install 'weightreg\[files\]'"):
+            call()
