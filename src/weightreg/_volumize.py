@@ -69,8 +69,8 @@ def volumize(
     each step.
 
     .. warning::
-      It must be the last link of a chain. Updates that a later link changes do not
-      land on the wall.
+      It must be the last link of a chain, but for `quantize_every`. Updates that a
+      later link changes do not land on the wall.
 
     Args:
       volume: The wall ``V >= 0``, in units of the weights. A number; a tree that
@@ -158,9 +158,9 @@ def volumized(
       parameters are weights; and it must flatten all parameters: inside of ``masked``
       or ``partition`` nothing tells which ones it has joined, so that no moment is
       found. ``sam`` and ``conditionally_mask`` must be around ``volumized``. Nothing
-      that changes updates may come after it. Under ``optax.inject_hyperparams``, which
-      calls every function as a schedule, name in ``static_args`` the arguments that
-      are functions of the parameters.
+      that changes updates may come after it, but `quantize_every`. Under
+      ``optax.inject_hyperparams``, which calls every function as a schedule, name in
+      ``static_args`` the arguments that are functions of the parameters.
 
     Args:
       optimizer: Any Optax optimizer, learning rate included.
