@@ -129,6 +129,11 @@ class Settings:
             raise ValueError(
                 f"deploy must be among methods, but {', '.join(unknown)} is not."
             )
+        if self.deploy and METHODS[self.deploy[0]].levels:
+            raise ValueError(
+                "deploy must begin with a network in float32, which the others are "
+                f"compared to, not with {self.deploy[0]}."
+            )
         if len(set(self.methods)) < max(len(self.methods), 1):
             raise ValueError(
                 f"methods must be one or more, named once each, not {self.methods}."
@@ -269,6 +274,7 @@ def run(
         save(result, out)
     if kept:
         result["deployed"] = deploy(kept, data, settings)
+        save(result, out)
     result["relative_step_time"] = step_times(data, settings, result["results"])
     result["complete"] = True
     save(result, out)
@@ -376,13 +382,12 @@ def deploy(
         model, {key: (form, many[0]) for key, (_, form, many) in forms.items()}, x
     )
     for key, (label, form, networks) in forms.items():
-        exact, shares = True, []
-        for network in networks:
-            logits = deploy_module.logits(model, form, network, x)
-            plain = deploy_module.logits(model, deploy_module.FLOATS[0], network, x)
-            exact &= bool(np.array_equal(logits, plain))
-            shares.append(_round(np.mean(logits.argmax(-1) == data.y_test)))
-        found[key] |= {"method": label, "accuracy": shares, "same_logits": exact}
+        logits = [deploy_module.logits(model, form, n, x) for n in networks]
+        hits = [np.mean(rows.argmax(-1) == data.y_test) for rows in logits]
+        found[key] |= {"method": label, "accuracy": [_round(share) for share in hits]}
+        if form.of_bits:
+            same = (deploy_module.same_logits(model, form, n, x) for n in networks)
+            found[key]["same_logits"] = all(same)
     return found
 
 
@@ -445,14 +450,15 @@ def weights(name: str, chosen: dict[str, float], params: Any) -> dict[str, dict]
     """A histogram of every layer's weights, and where its walls are."""
     volume = METHODS[name].volume
     leaves = jax.tree.leaves(params)
-    walls = jax.tree.leaves(volume(chosen)(params)) if volume else []
+    tree = volume(chosen)(params) if volume else {}
+    walls = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
     layers = {}
-    for i, layer in enumerate(wr.weight_layers(params)):
+    for layer in wr.weight_layers(params):
         counts, edges = _histogram(leaves[layer.index])
         layers[layer.path] = {
             "counts": counts,
             "edges": edges,
-            "wall": float(walls[i]) if volume else None,
+            "wall": float(walls[layer.index]) if volume else None,
         }
     return layers
 

@@ -29,12 +29,14 @@ class Form(NamedTuple):
       store: From variables to what is stored.
       save: Writes that to a file.
       run: From a model, what is stored and inputs, to float32 logits.
+      of_bits: Whether weights are packed.
     """
 
     label: str
     store: Callable[[Any], Any]
     save: Callable[[Any, pathlib.Path], None]
     run: Callable[[nn.Module, Any, jax.Array], jax.Array]
+    of_bits: bool = False
 
 
 def _save_arrays(variables: Any, path: pathlib.Path) -> None:
@@ -74,8 +76,8 @@ def packed_forms(levels: str, volume: Any) -> tuple[Form, Form]:
         return {**variables, "params": packed}
 
     return (
-        Form(f"{levels} bits", store, wr.save_packed, _run_unpacked),
-        Form(f"{levels} bits, by layers", store, wr.save_packed, _run_by_layers),
+        Form(f"{levels} bits", store, wr.save_packed, _run_unpacked, True),
+        Form(f"{levels} bits, by layers", store, wr.save_packed, _run_by_layers, True),
     )
 
 
@@ -112,7 +114,7 @@ def measure(
 
             def several(_, compiled=compiled, tree=stored[name], x=x[:batch]):
                 for _ in range(5):  # one is too short to time
-                    out = compiled(tree, x)
+                    out = jax.block_until_ready(compiled(tree, x))
                 return out
 
             steps[name], carries[name] = several, None
@@ -121,11 +123,27 @@ def measure(
     return found
 
 
-def logits(model: nn.Module, form: Form, variables: Any, x: jax.Array) -> np.ndarray:
+def logits(
+    model: nn.Module, form: Form, variables: Any, x: jax.Array, batch: int = 1000
+) -> np.ndarray:
     """What a network says in one of its forms."""
     stored, run = form.store(variables), jax.jit(functools.partial(form.run, model))
-    batches = range(0, len(x), 1000)
-    return np.concatenate([run(stored, x[i : i + 1000]) for i in batches])
+    starts = range(0, len(x), batch)
+    return np.concatenate([run(stored, x[i : i + batch]) for i in starts])
+
+
+def same_logits(model: nn.Module, form: Form, variables: Any, x: jax.Array) -> bool:
+    """Whether a form gives the bits of float32: all inputs, and batches that are timed.
+
+    (Programs for batches of other sizes may sum in another order.)
+    """
+    for batch, count in ((1000, len(x)), *((b, 20 * b) for b in BATCHES)):
+        one, other = (
+            logits(model, f, variables, x[:count], batch) for f in (form, FLOATS[0])
+        )
+        if one.tobytes() != other.tobytes():
+            return False
+    return True
 
 
 def _sizes(network: tuple[Form, Any], stored: Any) -> dict[str, int]:

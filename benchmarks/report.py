@@ -168,18 +168,21 @@ def deployed(result: dict) -> tuple[list[str], list[list[str]], str]:
         spread = np.std(shares, ddof=1) if len(shares) > 1 else 0.0
         names = [form["method"], form["form"], f"{shares.mean():.2f} ± {spread:.2f}"]
         table.append(names + form_cells(form, float32))
-    other = {f["method"] for f in forms.values() if _bits(f) and not f["same_logits"]}
+    other = {f["method"] for f in forms.values() if not f.get("same_logits", True)}
     sentence = (
-        f"Warning: run from bits, logits differ from float32: {', '.join(other)}."
-        if other
-        else "Networks run from bits give the logits of the same network in float32, "
-        "bit for bit, for all test examples and seeds."
+        "Times are those of inference, relative to the first row; peaks are what the "
+        "compiled program is to hold. "
     )
+    if other:
+        sentence += (
+            f"Warning: from bits, other logits than float32: {', '.join(other)}."
+        )
+    elif any("same_logits" in form for form in forms.values()):
+        sentence += (
+            "Networks run from bits give the logits of the same network in float32, "
+            "bit for bit: all test examples, all seeds."
+        )
     return ["network", "stored as", "test accuracy", *FORM_COLUMNS], table, sentence
-
-
-def _bits(form: dict) -> bool:
-    return "bits" in form["form"]
 
 
 FORM_COLUMNS = (

@@ -20,6 +20,7 @@ from benchmarks.methods import Hyperparameters
 ADVERSARY_STEPS = 3  # of PGD in every step of adversarial training
 # What the sensitivity of is measured; the authors of GBR do not say.
 SENSITIVE = ("logits", "probabilities", "label probability")
+STATISTICS_BATCHES = 40  # after which all but 1.5 % of a batch normalization's are new
 PROBES = 2  # random projections an example, where there are several outputs
 
 
@@ -119,10 +120,29 @@ class Training:
         """What the network runs on."""
         return self.norm(hyper)(params) if self.norm else params
 
-    def finished(self, hyper: Hyperparameters, params: Any) -> Any:
-        """What the network is once training is over."""
+    def finished(
+        self, hyper: Hyperparameters, params: Any, stats: models.Variables, x: jax.Array
+    ) -> models.Variables:
+        """What the network is once training is over.
+
+        Statistics of batches are those of other weights, if these have been finished,
+        and follow them over some batches of ``x``.
+        """
         folded = self.fold(hyper, params)
-        return self.finish(hyper, folded) if self.finish else folded
+        if not self.finish:
+            return {"params": folded, **stats}
+        finished = self.finish(hyper, folded)
+        if not stats:
+            return {"params": finished}
+        count = min(len(x) // self.batch, STATISTICS_BATCHES)
+        batches = x[: count * self.batch].reshape(count, self.batch, *x.shape[1:])
+
+        def follow(stats, batch):
+            network = {"params": finished, **stats}
+            return models.training_logits(self.model, network, batch)[1], None
+
+        stats, _ = jax.lax.scan(follow, stats, batches)
+        return {"params": finished, **stats}
 
 
 class Population:
@@ -176,9 +196,10 @@ class Population:
 
     def networks(self, progress: Progress) -> list[models.Variables]:
         """What every run's network is: finished, with its statistics."""
-        finished = jax.jit(jax.vmap(self._training.finished))
-        params = finished(self._hyper, progress.params)
-        stacked = jax.device_get({"params": params, **progress.stats})
+        finished = jax.jit(jax.vmap(self._training.finished, in_axes=(0, 0, 0, None)))
+        stacked = jax.device_get(
+            finished(self._hyper, progress.params, progress.stats, self._arrays.x_train)
+        )
         return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self._runs)]
 
     def _start_one(self, variables, key_data, hyper, arrays) -> Progress:
@@ -204,7 +225,7 @@ class Population:
 
         carry = progress.params, progress.stats, progress.opt_state
         (params, stats, opt_state), _ = jax.lax.scan(step, carry, batches)
-        network = {"params": self._training.finished(hyper, params), **stats}
+        network = self._training.finished(hyper, params, stats, arrays.x_train)
         measured = self._measure(network, arrays, labels, shuffle)
         if self._training.distances:
             layers = self._training.distances(hyper, params).values()

@@ -373,6 +373,7 @@ def test_all_runs_of_a_method_are_one_program(digits, monkeypatch):
         ({"tune_for": "luck"}, "tune_for must be among accuracy"),
         ({"methods": ("binary_paper",), "optimizer": "momentum"}, "are for adam"),
         ({"deploy": ("binary",)}, "deploy must be among methods, but binary is not"),
+        ({"methods": ("binary",), "deploy": ("binary",)}, "begin with .* float32"),
         ({"examples": 0}, "examples must be at least 1"),
         ({"restarts": 1}, "restarts must be at least 2"),
     ],
@@ -914,7 +915,7 @@ def test_networks_are_stored_and_run_in_every_form(digits, monkeypatch):
         assert 0 < form["file_bytes"] - form["device_bytes"] < 3000
         assert form["peak_bytes_1"] > form["device_bytes"]
         assert (form["relative_time_1"], form["relative_time_100"]) == (0.01, 1.0)
-        assert form["same_logits"] == (bits != 16)
+        assert form.get("same_logits") == (True if bits == 2 else None)
         if bits != 16:
             _, (network,) = kept["ternary_paper" if bits == 2 else "volumization_paper"]
             logits = models.logits(models.make("mlp", 10), network, digits.x_test)
@@ -928,7 +929,26 @@ def test_networks_are_stored_and_run_in_every_form(digits, monkeypatch):
         "16",
         "16",
     ]
-    assert sentence.startswith("Networks run from bits give the logits of the same")
+    assert "Networks run from bits give the logits of the same" in sentence
     assert report.deployed_table(result).row_count == 4
     next(f for f in forms.values() if "bits" in f["form"])["same_logits"] = False
-    assert report.deployed(result)[2].startswith("Warning: run from bits")
+    assert "Warning: from bits, other logits" in report.deployed(result)[2]
+    floats = {"deployed": {k: f for k, f in forms.items() if "bits" not in f["form"]}}
+    assert "bits" not in report.deployed(floats)[2]
+
+
+def test_statistics_of_batches_follow_quantized_weights(digits):
+    chosen = compare.Settings.of("digits", model="mlp_norm", methods=("binary",))
+    training = chosen.training("binary", digits)
+    x = jnp.asarray(digits.x_train)
+    variables, _ = train.initialize(training.model, 0, x[:1])
+    stats = {"batch_stats": variables["batch_stats"]}
+    hyper = {"v": 0.5, "one_minus_alpha": 0.1}
+    finished = quick.jit(training.finished)(hyper, variables["params"], stats, x)
+    kernel = METHODS["binary"].finish(hyper, variables["params"])["Dense_0"]["kernel"]
+    chex.assert_trees_all_equal(finished["params"]["Dense_0"]["kernel"], kernel)
+    means = x @ finished["params"]["Dense_0"]["kernel"]
+    got = finished["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(got["mean"], means.mean(0), atol=0.3 * means.std())
+    old = 0.9 ** (len(x) // training.batch)  # of a variance of 1
+    assert abs(np.mean((got["var"] - old) / means.var(0)) - 1) < 0.1

@@ -16,7 +16,7 @@ import pytest
 import quick
 from flax import nnx
 from flax.core import FrozenDict
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers as Dims
@@ -54,6 +54,7 @@ def bits_by_hand(w, volume, levels):
 
 
 @settings(deadline=None, max_examples=25)
+@example(shape=(0, 2, 3), stacked=1, dtype=DTYPES[2], levels="ternary", volume=0.1)
 @given(
     shape=st.lists(st.integers(0, 5), min_size=2, max_size=4).map(tuple),
     stacked=st.integers(0, 2),
@@ -113,10 +114,10 @@ def test_a_scale_for_every_stacked_layer():
             assert packed.stack_axes == (at,) and packed.shape == (3, 5)
             np.testing.assert_allclose(packed.scale, [0.1, 0.2, 0.3, 0.4])
             whole = quantize({"w": moved}, {"w": scales})["w"]
-            same_bits(packed.unpack(), whole)
+            same_bits(wr.unpack(packed), whole)
             for i, layer in enumerate(jnp.moveaxis(whole, at, 0)):
                 one = jax.tree.map(lambda x, i=i: x[i], packed)
-                same_bits(one.unpack(), layer)
+                same_bits(wr.unpack(one), layer)
     both = wr.pack({"w": w}, 0.5, "binary", dims={"w": Dims(1, 2)})
     assert both["w"].scale.shape == (4,)
     assert wr.pack({"w": w}, 0.5, "binary")["w"].scale.shape == ()
@@ -253,6 +254,22 @@ def test_one_layer_at_a_time_is_held():
     assert held[True] < 1.2 and held[False] > 7.9
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other plans on a GPU")
+def test_all_inputs_come_first_and_so_in_batches():
+    """A layer may have others beside what the layer before has made."""
+    layers = [wr.pack({"w": weights((64, 64))}, 0.1, "binary") for _ in range(6)]
+
+    def network(layers, early, x):
+        for layer in layers:
+            x = jnp.tanh(x @ wr.unpack(layer, after=(early, 1.0, x))["w"] + early)
+        return x
+
+    mapped = jax.vmap(network, in_axes=(None, None, 0))
+    for f, x in ((network, weights((4, 64))), (mapped, weights((5, 4, 64)))):
+        plan = jax.jit(f).lower(layers, weights((64,)), x).compile().memory_analysis()
+        assert plan.temp_size_in_bytes < 1.9 * 64 * 64 * 4
+
+
 def test_what_comes_first_changes_nothing():
     layers = [wr.pack({"w": weights((8, 8), seed=i)}, 0.1, "ternary") for i in range(3)]
     x = weights((4, 8))
@@ -268,6 +285,9 @@ def test_what_comes_first_changes_nothing():
     chex.assert_trees_all_equal(*gradients)
     one_by_one = jax.vmap(lambda x: tied(layers, x))
     np.testing.assert_allclose(one_by_one(x), plain(layers, x), rtol=1e-6)
+    for other in (x, [jnp.zeros(4, int), x], (1.0, jnp.zeros((0, 3)), x)):
+        got = jax.jit(lambda p, a: wr.unpack(p, after=a))(layers[0], other)
+        chex.assert_trees_all_equal(got, wr.unpack(layers[0]))
     # Examples do not get a kernel each.
     shapes = [str(e.outvars) for e in jax.make_jaxpr(one_by_one)(x).eqns]
     assert not any("4,8,8" in shape for shape in shapes)
@@ -283,18 +303,14 @@ def test_what_comes_first_changes_nothing():
         wr.unpack(packed, after="x")
 
 
-def test_scales_have_derivatives():
-    packed = wr.pack({"w": jnp.array([[0.3, -0.1, -0.4]])}, 0.5, "ternary")
+@pytest.mark.parametrize("after", [None, jnp.ones(3)])
+def test_scales_have_derivatives(after):
+    packed = wr.pack(jnp.array([[0.3, 0.1, -0.4, 0.4, 0.3]]), 0.5, "ternary")
 
-    def total(scale):
-        return wr.unpack({"w": dataclasses.replace(packed["w"], scale=scale)})[
-            "w"
-        ].sum()
+    def total(scale, after):
+        return wr.unpack(dataclasses.replace(packed, scale=scale), after=after).sum()
 
-    assert jax.grad(total)(packed["w"].scale) == 0.0  # one up, one down
-    one = wr.pack({"w": jnp.array([[0.3, 0.1, 0.4]])}, 0.5, "ternary")["w"]
-    grad = jax.grad(lambda s: dataclasses.replace(one, scale=s).unpack().sum())
-    assert grad(one.scale) == 2.0
+    assert jax.jit(jax.grad(total))(packed.scale, after) == 2.0  # three up, one down
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -312,6 +328,12 @@ def test_sharding(axis_type):
         got = pack(place(w, *spec))
         same_bits(got["w"].bits, plain["w"].bits)
         same_bits(jax.jit(wr.unpack)(got)["w"], expected)
+        x = place(jnp.ones((8, 2, 4)), "x")
+        each = jax.jit(lambda p, x: jax.vmap(lambda x: wr.unpack(p, after=x))(x))
+        assert each(plain, x)["w"].shape == (8, 4, 8, 16)
+    odd = weights((4, 7, 9))
+    plain = wr.pack({"w": odd}, 0.5, "ternary", dims=dims)
+    expected = wr.unpack(plain)["w"]
     for spec in (("x",), ("y", None, "x")):
         bits = place(plain["w"].bits, *spec)
         assert bits.addressable_shards[0].data.nbytes < bits.nbytes
@@ -361,7 +383,7 @@ WRONG = {
     "twice": (
         lambda: wr.pack(wr.pack(P, 0.5, "binary"), 0.5, "binary"),
         ValueError,
-        r"packed already at \['layer'\]\['kernel'\]",
+        r"packed at \['layer'\]\['kernel'\]",
     ),
     "several scales": (
         lambda: wr.pack(P, jnp.ones(3), "binary", mask=MASK),
@@ -398,6 +420,16 @@ def test_what_a_mask_leaves_out_is_kept():
     assert packed["c"].bits.shape == (1, 1)  # a vector may be one, if asked for
     got = wr.unpack(packed)
     same_bits(got["c"], wr.binarize(params, 0.5, mask=True)["c"])
+
+
+def test_a_packed_tree_may_be_cast():
+    packed = wr.pack({"w": weights((4, 5))}, 0.1, "ternary")
+    narrow = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, packed
+    )
+    assert narrow["w"].dtype == jnp.bfloat16
+    got = wr.unpack(narrow)["w"]
+    same_bits(got, wr.unpack(packed)["w"].astype(jnp.bfloat16))
 
 
 def test_bfloat16_scales_are_rounded_once():

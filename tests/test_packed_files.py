@@ -1,5 +1,6 @@
 """Packed networks as files: exact, readable by others, and never wrong unnoticed."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -90,6 +91,46 @@ def test_other_leaves_are_kept_as_they_are(tmp_path):
     )
     plain = {"bias": jnp.ones(3)}  # a network of which nothing is packed
     assert_same(wr.load_packed(saved(tmp_path, plain)), plain)
+
+
+def test_the_order_of_bytes_in_memory_does_not_matter(tmp_path):
+    a = np.arange(12, dtype=np.float32)
+    tree = {
+        "transposed": np.asfortranarray(a.reshape(3, 4)),
+        "backwards": a[::-2],
+        "broadcast": np.broadcast_to(np.float32(3), (2, 2)),
+        "big": a.astype(">f4"),
+    }
+    got = wr.load_packed(saved(tmp_path, tree))
+    native = jax.tree.map(lambda x: x.astype(np.float32), tree)
+    chex.assert_trees_all_equal(got, native)
+    kernel = {"w": jnp.asarray(a.reshape(3, 4))}
+    packed = wr.pack(kernel, 0.5, "binary")
+    turned = dataclasses.replace(packed["w"], bits=np.asarray(packed["w"].bits)[::-1])
+    assert_same(wr.load_packed(saved(tmp_path, {"w": turned})), packed)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Alike:
+    """A node both of whose leaves have one path."""
+
+    def __init__(self, *children):
+        self.children = children
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("w"), c) for c in self.children], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_paths_that_print_alike_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"packed has two leaves .*\.w"):
+        wr.save_packed(Alike(weights((2, 2)), weights((2, 2))), tmp_path / "file")
+    path = saved(tmp_path, Alike(weights((2, 2))))
+    with pytest.raises(ValueError, match=r"like has two leaves .*\.w"):
+        wr.load_packed(path, like=Alike(weights((2, 2)), weights((2, 2))))
 
 
 def test_trees_that_are_no_dicts_need_one_like_them(tmp_path):
@@ -199,12 +240,31 @@ def test_other_versions_and_what_only_looks_right(tmp_path):
         signed(path, edit)
         with pytest.raises(ValueError, match=f"(?s){words}"):
             wr.load_packed(path)
-    shapes = {"shape": [7, 7]}, {"stack_axes": None}, {"scale": [0.1]}
-    for change in (*shapes, {"levels": "ternary"}):
+    for change in (
+        {"shape": [7, 7]},
+        {"stack_axes": None},
+        {"stack_axes": "x"},
+        {"scale": [0.1]},
+        {"scale": None},
+        {"scale": float("nan")},
+        {"levels": "ternary"},
+        {"keys": "Dense_0"},
+        {"keys": [1]},
+        {"keys": None},
+        {"more": 0},
+    ):
         path = saved(tmp_path, network())
         signed(path, lambda about, c=change: about["leaves"][kernel].update(c))
         with pytest.raises(ValueError, match="no packed network"):
             wr.load_packed(path)
+    for leaves in ({}, [], {"['other']": {"levels": None}}):
+        path = saved(tmp_path, network())
+        signed(path, lambda about, leaves=leaves: about.update(leaves=leaves))
+        with pytest.raises(ValueError, match="no packed network"):
+            wr.load_packed(path)
+    path.write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    with pytest.raises(ValueError, match="no packed network"):
+        wr.load_packed(path)
     safetensors.numpy.save_file({"w": np.ones(3)}, path)
     with pytest.raises(ValueError, match="no packed network"):
         wr.load_packed(path)
@@ -230,6 +290,9 @@ def test_another_network_than_expected(tmp_path):
         ([jnp.ones(3)], "lacks"),
         ({}, "has, and like has not"),
         (wr.pack(shape, 0.5, "binary"), r"float32\[5, 9\]"),
+        (network("ternary"), r"binary float32\[9, 5\].*ternary float32\[9, 5\]"),
+        (wr.pack(params, 0.5, "binary"), "stacked along"),
+        (jax.tree.map(lambda x: 1.0, params), r"no array \(float\)"),
     ):
         with pytest.raises(ValueError, match=words):
             wr.load_packed(path, like=like)
@@ -239,8 +302,11 @@ def test_what_cannot_be_saved_leaves_the_file_alone(tmp_path, monkeypatch):
     path = saved(tmp_path, network())
     data = path.read_bytes()
     nan = wr.pack({"w": jnp.array([[jnp.nan]])}, 0.5, "binary")
+    to_infinity = jax.jit(lambda v: wr.pack({"w": jnp.ones((2, 2))}, v, "binary"))
     for packed, error, words in (
         (nan, ValueError, r"scale that is not finite at \['w'\]"),
+        (to_infinity(np.inf), ValueError, r"scale that is not finite at \['w'\]"),
+        (jax.eval_shape(network), TypeError, r"ShapeDtypeStruct at \['Dense_0'\]"),
         ({}, ValueError, "no leaves"),
         ({"a": "text"}, TypeError, r"str at \['a'\]"),
         ({"a": 1.5}, TypeError, r"float at \['a'\]"),
@@ -264,6 +330,7 @@ def test_what_cannot_be_saved_leaves_the_file_alone(tmp_path, monkeypatch):
         wr.save_packed(network("ternary"), path)
     monkeypatch.undo()
     assert path.read_bytes() == data
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
     chex.assert_trees_all_equal(wr.load_packed(path), network())
 
 

@@ -19,8 +19,9 @@ from weightreg._optimizers import (
     volumized_laprop,
     volumized_sgd,
 )
-from weightreg._pack import PackedWeight, pack, unpack
+from weightreg._pack import pack, unpack
 from weightreg._packed_files import load_packed, save_packed
+from weightreg._packed_weight import PackedWeight
 from weightreg._parseval import convex_sum, parseval
 from weightreg._quantize import binarize, level_distances, quantize_every, ternarize
 from weightreg._scale_shift import balance_scales, minimum_weight_decay, shift_scales

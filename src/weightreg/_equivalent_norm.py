@@ -13,7 +13,6 @@ from jax.core import Tracer
 from weightreg._groups import check_form, group_of, layers_of, normalized
 from weightreg._norms import Axes
 from weightreg._numbers import check_scalar
-from weightreg._pack import refuse_packed
 from weightreg._reach import compute_dtype
 from weightreg._weights import Dims, Mask, WeightLayer
 
@@ -81,7 +80,6 @@ class NormMap:
             norm = jnp.sqrt(self.alpha)
         else:  # alpha itself may be out of the range of the weights' dtype
             norm = math.sqrt(np.asarray(self.alpha))
-        refuse_packed(params)
         leaves, treedef = jax.tree.flatten(params)
         for layer in self._layers(params):
             weight, axes = jnp.asarray(leaves[layer.index]), Axes.of(layer)

@@ -9,48 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.custom_batching import custom_vmap
 
 from weightreg._mesh import gathered
 from weightreg._numbers import is_real
+from weightreg._packed_weight import PackedWeight, is_packed
 from weightreg._quantize import check_levels, codes, level, weights_with_scales
-from weightreg._trees import show_path
 from weightreg._weights import Dims, Mask
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("bits", "scale"),
-    meta_fields=("shape", "dtype", "levels", "stack_axes"),
-)
-@dataclasses.dataclass(frozen=True)
-class PackedWeight:
-    """A quantized weight in bits, as `pack` makes it: a node of a tree of parameters.
-
-    Weights are numbered along the last axis first, and eight of them share a byte, the
-    first one in its highest bit. What is left of the last byte is 0. Layers that are
-    stacked each have bytes of their own, so that ``jax.lax.scan`` and ``jax.vmap`` can
-    take them one by one.
-
-    Attributes:
-      bits: uint8, ``(*stack, planes, bytes)``. The last plane says which weights are
-        negative; that before it, of ternary ones, which are not 0.
-      scale: ``V``, in the weights' dtype, ``(*stack,)``.
-      shape: Shape of one layer.
-      dtype: Of the weights.
-      levels: ``"binary"`` or ``"ternary"``.
-      stack_axes: Where the weight has the axes that are the first ones of ``bits``.
-    """
-
-    bits: jax.Array
-    scale: jax.Array
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    levels: str
-    stack_axes: tuple[int, ...]
-
-    def unpack(self) -> jax.Array:
-        """The weight, of its own shape and dtype."""
-        return _decode(self)
 
 
 def pack(
@@ -98,7 +63,6 @@ def pack(
       Array([[ 0.5, -0.5,  0.5]], dtype=float32)
     """
     check_levels(levels)
-    refuse_packed(params)
     leaves, treedef = jax.tree.flatten(params)
     weights = weights_with_scales("pack", params, volume, mask, dims)
     for index, weight in weights.items():
@@ -107,7 +71,7 @@ def pack(
     return jax.tree.unflatten(treedef, leaves)
 
 
-def unpack(packed: Any, *, after: jax.Array | None = None) -> Any:
+def unpack(packed: Any, *, after: Any = None) -> Any:
     """The parameters that a packed tree stands for.
 
     Inside of ``jax.jit`` a network runs on bits: its kernels are made when they are
@@ -139,49 +103,39 @@ def unpack(packed: Any, *, after: jax.Array | None = None) -> Any:
 
     Args:
       packed: What `pack` returns, or any tree that holds `PackedWeight`.
-      after: An array that is computed before anything is unpacked: a layer's input.
+      after: An array, or a tree of arrays, that is computed before anything is
+        unpacked: a layer's inputs. Only those count that are being traced.
 
     Returns:
       The tree with an array in the place of each `PackedWeight`.
+
+    Raises:
+      TypeError: ``after`` holds something else than arrays of real numbers.
 
     Example:
       >>> packed = wr.pack({"kernel": jnp.array([[0.3, -0.1]])}, 0.5, "ternary")
       >>> wr.unpack(packed)
       {'kernel': Array([[0.5, 0. ]], dtype=float32)}
     """
-    first = None if after is None else _first_number(after)
+    numbers = _first_numbers(after)
 
     def one(node: Any) -> Any:
         if not is_packed(node):
             return node
         # The scale is what all weights are made of, and the smallest array to wait.
-        scale = node.scale if first is None else _then(first, node.scale)
-        return dataclasses.replace(node, scale=scale).unpack()
+        scale = functools.reduce(lambda scale, x: _after(x, scale), numbers, node.scale)
+        return _decode(dataclasses.replace(node, scale=scale))
 
     return jax.tree.map(one, packed, is_leaf=is_packed)
 
 
-def is_packed(node: Any) -> bool:
-    """Whether a node of a tree is a `PackedWeight`."""
-    return isinstance(node, PackedWeight)
-
-
-def refuse_packed(params: Any) -> None:
-    """Refuses packed weights where numbers are needed."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed):
-        if is_packed(leaf):
-            raise ValueError(
-                f"params are packed already at {show_path(path)}: unpack them first."
-            )
-
-
-def _first_number(after: Any) -> jax.Array | None:
-    """A number of an array, if that is being traced and has any."""
-    if not is_real(after):
-        raise TypeError(f"after must be an array of real numbers, not {after!r}.")
-    if not isinstance(after, Tracer) or not after.size:
-        return None
-    return lax.stop_gradient(gathered(after, ())[(0,) * after.ndim])
+def _first_numbers(after: Any) -> list[jax.Array]:
+    """A number of every array that is being traced and has any."""
+    for leaf in jax.tree.leaves(after):
+        if not is_real(leaf):
+            raise TypeError(f"after must hold arrays of real numbers, not {leaf!r}.")
+    arrays = [x for x in jax.tree.leaves(after) if isinstance(x, Tracer) and x.size]
+    return [gathered(x, ())[(0,) * x.ndim] for x in arrays]
 
 
 def _one_per_layer(path, scale, leaf, stacked) -> jax.Array:
@@ -213,7 +167,6 @@ def _encode(w, scale, levels, stacked) -> PackedWeight:
         bits=jnp.packbits(planes, -1),
         scale=jnp.where(nan, jnp.nan, scale),
         shape=shape,
-        dtype=w.dtype,
         levels=levels,
         stack_axes=stacked,
     )
@@ -222,21 +175,38 @@ def _encode(w, scale, levels, stacked) -> PackedWeight:
 @jax.jit
 def _decode(packed: PackedWeight) -> jax.Array:
     stack, count = packed.scale.shape, math.prod(packed.shape)
+    if not packed.bits.size:
+        return _in_place(jnp.zeros((*stack, *packed.shape), packed.dtype), packed)
     bits = gathered(packed.bits, range(len(stack)))
     # Plane by plane: on CPU both at once would take several times as long.
     plane = lambda i: jnp.unpackbits(bits[..., i, :], -1, count).astype(bool)  # noqa: E731
     nonzero = plane(0) if packed.levels == "ternary" else None
     w = level(nonzero, plane(-1), packed.scale[..., None])
-    w = w.reshape(*stack, *packed.shape)
+    return _in_place(w.reshape(*stack, *packed.shape), packed)
+
+
+def _in_place(w: jax.Array, packed: PackedWeight) -> jax.Array:
+    """A weight whose stack comes first, with its axes where they belong."""
     # Loops take the first axes of a stack away, and stacks of networks have more.
-    gone = len(packed.stack_axes) - len(stack)
+    depth = packed.scale.ndim
+    gone = len(packed.stack_axes) - depth
     here = packed.stack_axes[max(gone, 0) :]
-    return jnp.moveaxis(w, range(-min(gone, 0), len(stack)), [a - gone for a in here])
+    return jnp.moveaxis(w, range(-min(gone, 0), depth), [a - gone for a in here])
 
 
-@jax.custom_batching.custom_vmap
-def _then(first: jax.Array, x: jax.Array) -> jax.Array:
+@jax.custom_jvp
+def _after(first: jax.Array, x: jax.Array) -> jax.Array:
     """``x``, but not before the number ``first`` is known."""
+    return _tied(first, x)
+
+
+@_after.defjvp
+def _after_jvp(primals, tangents):
+    return _after(*primals), tangents[1]
+
+
+@custom_vmap
+def _tied(first: jax.Array, x: jax.Array) -> jax.Array:
     # An optimization barrier would say so, but is gone when XLA orders things on CPU.
     # Of a number and its successor one is even; XLA does not know.
     number = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
@@ -245,8 +215,8 @@ def _then(first: jax.Array, x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, x.dtype)
 
 
-@_then.def_vmap
-def _then_batched(axis_size, batched, first, x):
+@_tied.def_vmap
+def _tied_batched(axis_size, batched, first, x):
     """The first of a batch will do: else each example had bits of its own."""
     del axis_size
-    return _then(first[0] if batched[0] else first, x), batched[1]
+    return _tied(gathered(first, ())[0] if batched[0] else first, x), batched[1]

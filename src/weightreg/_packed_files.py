@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
-from weightreg._pack import PackedWeight, is_packed
+from weightreg._pack import unpack
+from weightreg._packed_weight import PackedWeight, is_packed
 from weightreg._quantize import PLANES, check_levels
 from weightreg._trees import KeyPath, show_path
 
@@ -37,8 +38,8 @@ def save_packed(packed: Any, path: str | os.PathLike[str]) -> None:
       path: Of the file, which is replaced if it exists.
 
     Raises:
-      ValueError: The tree has no leaves, or a scale is not finite, hence the weights it
-        was made of were not.
+      ValueError: The tree has no leaves, or two whose paths print alike; or a scale is
+        not finite, hence the weights it was made of were not.
       TypeError: A leaf is no array that a file can hold, or ``path`` no path.
       ImportError: There is no safetensors.
 
@@ -63,6 +64,8 @@ def save_packed(packed: Any, path: str | os.PathLike[str]) -> None:
     tensors, described = {}, {}
     for keys, leaf in leaves:
         name = show_path(keys)
+        if name in described:
+            raise ValueError(f"packed has two leaves whose path prints as {name}.")
         described[name] = _describe(name, keys, leaf)
         tensors[name] = _array(name, leaf.bits if is_packed(leaf) else leaf)
     about = {
@@ -80,23 +83,22 @@ def save_packed(packed: Any, path: str | os.PathLike[str]) -> None:
     unsigned = _mark(_UNSIGNED)
     place = data.index(unsigned)
     signed = _mark(hashlib.sha256(data).hexdigest())
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data[:place] + signed + data[place + len(unsigned) :])
-    part.replace(path)
+    _replace(path.resolve(), data[:place] + signed + data[place + len(unsigned) :])
 
 
 def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     """Reads what `save_packed` has written, or refuses it.
 
     Every byte of the file is under its checksum: one that has changed is an error, and
-    never another network.
+    never another network. (It is no signature: whoever means to can make another file.)
 
     Args:
       path: Of the file.
       like: A tree that says what to expect: the network's parameters, packed or not,
-        or their shapes, as ``jax.eval_shape`` gives them. The result has its structure;
-        paths, shapes and dtypes must agree. Without it, the result is made of dicts,
-        which is what Flax's linen wants.
+        or their shapes, as ``jax.eval_shape`` gives them. The result has its structure,
+        with a `PackedWeight` where the file has one; paths, shapes and dtypes must
+        agree, and levels where ``like`` is packed. Without it, the result is made of
+        dicts, which is what Flax's linen wants.
 
     Returns:
       The packed tree, on JAX's default device.
@@ -110,17 +112,18 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
 
     Example: see `save_packed`.
     """
-    path = _path(path)
+    path, library = _path(path), _safetensors()
     data = path.read_bytes()
     about = _about(path, data)
-    described = about["leaves"]
-    tensors = dict(_safetensors().deserialize(data))
     try:
-        leaves = {name: _leaf(tensors[name], d) for name, d in described.items()}
+        leaves = _leaves(about["leaves"], dict(library.deserialize(data)))
+        nested = about["dicts"] and _nested(
+            {tuple(d["keys"]): leaves[name] for name, d in about["leaves"].items()}
+        )
     except _Narrowed as error:
         raise ValueError(f"{path} has {error}") from None
-    except (KeyError, TypeError, ValueError) as error:  # signed, but not from here
-        raise ValueError(f"{path} is no packed network: {error}") from error
+    except Exception as error:  # it has the right checksum, but is not from here
+        raise ValueError(f"{path} is no packed network: {error!r}.") from error
     if like is not None:
         return _as(like, leaves, path)
     if not about["dicts"]:
@@ -128,7 +131,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
             f"{path} holds a tree of something else than dicts: pass like=, a tree of "
             f"the same structure. It has {', '.join(leaves)}."
         )
-    return _nested({tuple(d["keys"]): leaves[n] for n, d in described.items()})
+    return nested
 
 
 def _safetensors():
@@ -148,13 +151,25 @@ def _path(path: Any) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def _replace(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file in one move."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def _array(name: str, leaf: Any) -> np.ndarray:
-    if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+    array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    if not array or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise TypeError(
             f"packed must hold arrays of numbers, but has {type(leaf).__name__} at "
             f"{name}."
         )
-    return np.asarray(leaf)
+    return np.asarray(leaf, order="C")  # safetensors takes no notice of strides
 
 
 def _describe(name: str, keys: KeyPath, leaf: Any) -> dict[str, Any]:
@@ -164,7 +179,7 @@ def _describe(name: str, keys: KeyPath, leaf: Any) -> dict[str, Any]:
     if not is_packed(leaf):
         array = _array(name, leaf)
         return entry | {"dtype": array.dtype.name, "shape": array.shape, "levels": None}
-    scale = np.asarray(leaf.scale).astype(np.float64)
+    scale = _array(name, leaf.scale).astype(np.float64)
     if not np.all(np.isfinite(scale)):
         raise ValueError(
             f"packed has a scale that is not finite at {name}: its weights were not."
@@ -178,22 +193,36 @@ def _describe(name: str, keys: KeyPath, leaf: Any) -> dict[str, Any]:
     }
 
 
+def _leaves(described: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """The leaves that entries describe, which have to be what `_describe` makes."""
+    if set(described) != set(tensors):
+        raise ValueError(f"it has {', '.join(tensors)}, described {list(described)}")
+    leaves = {}
+    for name, entry in described.items():
+        leaves[name] = leaf = _leaf(tensors[name], entry)
+        keys = (None,) if entry["keys"] is None else tuple(map(DictKey, entry["keys"]))
+        again = json.loads(json.dumps(_describe(name, keys, leaf)))
+        if again != entry:
+            raise ValueError(f"{name} is described as {entry}")
+    return leaves
+
+
 def _leaf(tensor: dict[str, Any], entry: dict[str, Any]) -> Any:
     """The inverse of `_describe`, with the tensor's own bytes."""
     levels, shape = entry["levels"], tuple(entry["shape"])
-    dtype = jnp.dtype(entry["dtype"])
+    dtype, stored = jnp.dtype(entry["dtype"]), tuple(tensor["shape"])
     if levels is None:
+        if stored != shape:
+            raise ValueError(f"a tensor of shape {stored}, where {shape} was expected")
         return _on_device(np.frombuffer(tensor["data"], dtype).reshape(shape))
     check_levels(levels)
-    bits = np.frombuffer(tensor["data"], np.uint8).reshape(tensor["shape"])
     scale = np.asarray(entry["scale"], np.float64).astype(dtype)
-    if bits.shape != (*scale.shape, PLANES[levels], -(-math.prod(shape) // 8)):
-        raise ValueError(f"bits of shape {bits.shape} for {levels} weights {shape}")
+    if stored != (*scale.shape, PLANES[levels], -(-math.prod(shape) // 8)):
+        raise ValueError(f"bits of shape {stored} for {levels} weights {shape}")
     return PackedWeight(
-        bits=_on_device(bits),
+        bits=_on_device(np.frombuffer(tensor["data"], np.uint8).reshape(stored)),
         scale=_on_device(scale),
         shape=shape,
-        dtype=dtype,
         levels=levels,
         stack_axes=tuple(entry["stack_axes"]),
     )
@@ -220,12 +249,12 @@ def _about(path: pathlib.Path, data: bytes) -> dict[str, Any]:
         about = json.loads(header["__metadata__"][FORMAT])
         version, found = about["version"], about["checksum"]
         place = data.index(_mark(found), 8, 8 + size)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"{path} is no packed network, or is damaged: it does not begin with the "
             "header that save_packed writes."
         ) from None
-    if version != VERSION:
+    if version != VERSION or isinstance(version, bool):
         raise ValueError(
             f"{path} is of version {version!r}, where this weightreg reads {VERSION}."
         )
@@ -268,6 +297,8 @@ def _as(like: Any, leaves: dict[str, Any], path: pathlib.Path) -> Any:
     expected = jax.tree_util.tree_leaves_with_path(like, is_leaf=is_packed)
     structure = jax.tree.structure(like, is_leaf=is_packed)
     names = [show_path(keys) for keys, _ in expected]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"like has two leaves whose path prints as {repeated.pop()}.")
     for one, other, what in (
         (names, leaves, "lacks"),
         (leaves, names, "has, and like has not,"),
@@ -278,7 +309,7 @@ def _as(like: Any, leaves: dict[str, Any], path: pathlib.Path) -> Any:
                 f"{', '.join(missing)}."
             )
     for name, (_, node) in zip(names, expected, strict=True):
-        want, have = _kind(node), _kind(leaves[name])
+        want, have = _kind(node), _kind(leaves[name], is_packed(node))
         if want != have:
             raise ValueError(
                 f"{path} is of another network than like: at {name} it has {have}, "
@@ -287,7 +318,13 @@ def _as(like: Any, leaves: dict[str, Any], path: pathlib.Path) -> Any:
     return jax.tree.unflatten(structure, [leaves[name] for name in names])
 
 
-def _kind(leaf: Any) -> str:
-    """Dtype and shape, of what a packed weight stands for."""
-    shape = jax.eval_shape(leaf.unpack) if is_packed(leaf) else leaf
-    return f"{jnp.dtype(shape.dtype).name}{list(jnp.shape(shape))}"
+def _kind(leaf: Any, in_bits: bool = True) -> str:
+    """Dtype and shape, of what a packed weight stands for, and how it is packed."""
+    if not hasattr(leaf, "dtype"):
+        return f"no array ({type(leaf).__name__})"
+    array = jax.eval_shape(unpack, leaf) if is_packed(leaf) else leaf
+    kind = f"{array.dtype}{list(array.shape)}"
+    if not (is_packed(leaf) and in_bits):
+        return kind
+    stack = f", stacked along {leaf.stack_axes}" * bool(leaf.stack_axes)
+    return f"{leaf.levels} {kind}{stack}"

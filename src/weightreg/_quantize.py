@@ -36,8 +36,8 @@ def binarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None) 
     .. math::
       w \mapsto \begin{cases} V & w \ge 0 \\ -V & \text{otherwise} \end{cases}
 
-    in the weights' own dtype, to which ``V`` is rounded. NaN stays NaN. The derivative
-    by the weights is 0.
+    in the weights' own dtype, to which ``V`` is rounded. NaN stays NaN; where hardware
+    takes subnormal numbers for 0, so does this. The derivative by the weights is 0.
 
     Args:
       params: Any tree of parameters.
@@ -51,8 +51,9 @@ def binarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None) 
       weights are passed on as they are.
 
     Raises:
-      ValueError: ``V`` is negative, NaN, or not finite in the weights' dtype, as far as
-        it is known before tracing; trees do not match; a rule for a leaf without fans.
+      ValueError: ``V`` is negative, NaN, or infinite or rounded to 0 in the weights'
+        dtype, as far as it is known before tracing; trees do not match; a rule for a
+        leaf without fans; ``params`` are packed.
       TypeError: ``volume`` is a schedule, or a weight no floating-point array of 16, 32
         or 64 bits.
 
@@ -169,9 +170,10 @@ def quantize_every(
     are, bit for bit. The optimizer's state is not changed.
 
     After ``optax.apply_updates`` weights are at their levels exactly, wherever some
-    update leads there: always at 0, and at ``V`` for weights up to ``2 V`` of the same
-    sign. Others may stop short of it by a rounding of the old weight or of the update,
-    whichever is coarser. `binarize` and `ternarize` leave none.
+    update leads there: always at 0, and at ``V`` for weights of the same sign from
+    ``V / 2`` to ``2 V``. Others may stop short of it by a rounding of the old weight or
+    of the update, whichever is coarser. `binarize` and `ternarize` leave none. From
+    infinity no update leads back: such a weight becomes NaN.
 
     The paper quantizes every two epochs under `volumized` Adam, which draws weights to
     the walls in between, with the same volume:
@@ -189,7 +191,7 @@ def quantize_every(
       land on a level.
 
     Args:
-      steps: How many steps lie between: 1 or more; may be traced.
+      steps: How many steps lie between: 1 or more, in 32 bits; may be traced.
       levels: ``"binary"`` or ``"ternary"``.
       volume: As in `volumize`, finite; numbers may be schedules of the steps.
       mask: As in `binarize`.
@@ -197,11 +199,11 @@ def quantize_every(
 
     Returns:
       A transformation that needs ``params``. Updates keep their dtype, except that
-      one narrower than the parameter's is widened to it.
+      one that cannot hold all of the parameter's values is widened.
 
     Raises:
-      ValueError: On construction or in ``init``: ``steps`` less than 1, ``levels`` is
-        neither, or as `binarize`. In ``update``: ``params`` not passed.
+      ValueError: On construction or in ``init``: ``steps`` less than 1 or too large,
+        ``levels`` is neither, or as `binarize`. In ``update``: ``params`` not passed.
       TypeError: ``steps`` is no integer, or a weight as in `binarize`.
 
     References:
@@ -318,19 +320,20 @@ def level(
 
 def check_levels(levels: Any) -> None:
     """Refuses all but the two names."""
-    if levels not in list(PLANES):
+    if not isinstance(levels, str) or levels not in PLANES:
         raise ValueError(f"levels must be 'binary' or 'ternary', not {levels!r}.")
 
 
 def _check_steps(steps: Any) -> Any:
     """Integers of Python and NumPy, or of JAX, as ``inject_hyperparams`` makes them."""
-    if not isinstance(steps, jax.Array):
-        return check_count("steps", steps, 1)
-    if steps.shape or not jnp.issubdtype(steps.dtype, jnp.integer):
-        raise TypeError(f"steps must be an integer, not {steps!r}.")
-    if not isinstance(steps, Tracer):
-        check_count("steps", steps.item(), 1)
-    return steps
+    if isinstance(steps, Tracer):
+        if steps.shape or not jnp.issubdtype(steps.dtype, jnp.integer):
+            raise TypeError(f"steps must be an integer, not {steps!r}.")
+        return steps.astype(jnp.int32)
+    count = check_count("steps", steps, 1)
+    if count > np.iinfo(np.int32).max:
+        raise ValueError(f"steps must be less than 2**31, but is {count}.")
+    return count
 
 
 def _scale(where: str, volume: Any, leaf: jax.Array) -> jax.Array:
@@ -343,10 +346,11 @@ def _scale(where: str, volume: Any, leaf: jax.Array) -> jax.Array:
     if leaf.size and not isinstance(volume, Tracer):
         with np.errstate(over="ignore"):
             known = np.asarray(volume).astype(np.float64).astype(leaf.dtype)
-        if not np.all(np.isfinite(known.astype(np.float64))):
+        vanishes = (known == 0) & (np.asarray(volume) != 0)
+        if np.any(vanishes) or not np.all(np.isfinite(known.astype(np.float64))):
             raise ValueError(
                 f"{where} must be finite in {leaf.dtype}, the dtype of the weights "
-                f"that are moved to it, but is {volume}."
+                f"that are moved to it, and not vanish there, but is {volume}."
             )
     wide = compute_dtype(leaf.dtype)
     scale = round_to(jnp.asarray(volume, wide), leaf.dtype).astype(leaf.dtype)

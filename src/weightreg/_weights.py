@@ -16,6 +16,7 @@ import numpy as np
 from jax.tree_util import DictKey, GetAttrKey
 from optax.contrib import MuonDimensionNumbers
 
+from weightreg._packed_weight import refuse_packed
 from weightreg._trees import KeyPath, is_function, match, show_path
 
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
@@ -204,6 +205,7 @@ def refuse_step_count(argument: str, params: Any) -> None:
 
 def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
     """`weight_mask` as one boolean a leaf, in the order of ``jax.tree.leaves``."""
+    refuse_packed(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if mask is None and dims is None:
         return [_why_not(path, leaf) is None for path, leaf in leaves]

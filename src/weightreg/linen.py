@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 
 from weightreg._equivalent_norm import NormMap, check_wrapped, equivalent_norm
 from weightreg._numbers import is_real
-from weightreg._pack import PackedWeight, unpack
+from weightreg._pack import unpack
+from weightreg._packed_weight import is_packed
 from weightreg._parseval import convex_sum, initial_logits
 
 
@@ -161,14 +162,15 @@ def unpack_layers(
     """Lets a network run on what `weightreg.pack` made of it, layer by layer.
 
     An interceptor for ``flax.linen.intercept_methods``: every layer's weights are
-    unpacked when its input is known, so that inside of ``jax.jit`` the call holds the
+    unpacked when its inputs are known, so that inside of ``jax.jit`` the call holds the
     weights of one layer at a time. The result is that of
     ``model.apply({"params": weightreg.unpack(packed)}, x)``.
 
-    It is for inference: parameters are read only. Layers of ``nn.scan`` have to be
-    packed with ``dims``, so that each has bits of its own. Layers that make their
-    parameters in ``setup``, as ``nn.Embed`` does, read them before there is an input:
-    leave them out with the ``mask`` of `weightreg.pack`, or unpack them before.
+    It is for inference: parameters are read only. Layers of ``nn.scan``, along axis 0
+    of the parameters, have to be packed with ``dims``, so that each has bits of its
+    own. Layers that make their parameters in ``setup``, as ``nn.Embed`` does, read them
+    before there is an input, and ``nn.WeightNorm`` reads those of another layer: leave
+    them out with the ``mask`` of `weightreg.pack`, or unpack them before.
     ``capture_intermediates`` finds every packed layer twice.
 
     Raises:
@@ -191,7 +193,7 @@ def unpack_layers(
       (1, 2)
     """
     own = context.module.variables.get("params", {})
-    packed = [name for name, value in own.items() if isinstance(value, PackedWeight)]
+    packed = [name for name, value in own.items() if is_packed(value)]
     # Functions that lifted transformations call have no names among the methods.
     if not packed or not hasattr(context.module, context.method_name):
         return next_fun(*args, **kwargs)
@@ -203,11 +205,10 @@ def unpack_layers(
             "out with the mask of weightreg.pack, or unpack them before."
         )
     inputs = [x for x in jax.tree.leaves((args, kwargs)) if is_real(x)]
-    after = inputs[0] if inputs else None
 
     def unpacked(variables):
         tree = variables.get("params", {})
-        known = {name: unpack(tree[name], after=after) for name in packed}
+        known = {name: unpack(tree[name], after=inputs) for name in packed}
         return {"params": {**tree, **known}}
 
     call = nn.map_variables(
