@@ -188,7 +188,9 @@ def quantize_every(
 
     .. warning::
       It must be the last link of a chain. Updates that a later link changes do not
-      land on a level.
+      land on a level. Running statistics of batch normalizations are those of weights
+      before they are quantized: renew them before such a network is used, by some
+      forward passes in training mode.
 
     Args:
       steps: How many steps lie between: 1 or more, in 32 bits; may be traced.
