@@ -92,7 +92,8 @@ def deployed_table(result: dict) -> Table:
     head, cells, sentence = deployed(result)
     shown = Table(title="Stored and run", caption=sentence)
     for i, name in enumerate(head):
-        shown.add_column(name, justify="left" if i < 2 else "right")
+        side = "left" if i < 2 else "right"
+        shown.add_column(name, justify=side, overflow="fold")
     for row in cells:
         shown.add_row(*row)
     return shown

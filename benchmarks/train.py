@@ -95,7 +95,8 @@ class Training:
         runs on, whose method ``init`` says what is trained; None for no map.
       finish: From hyperparameters and what the network runs on, to what becomes of it
         after training, which is what is measured; None for no change.
-      distances: Likewise, to how far each layer is from that, if it is to be measured.
+      distances: From hyperparameters and what is trained, to how far each layer is from
+        what becomes of it, if that is to be measured.
       augment: Names of augmentations.
       sensitivity: Training examples on which to measure the sensitivity to inputs.
     """
