@@ -150,9 +150,10 @@ def test_final_runs_train_on_noisy_labels_and_are_tested_on_true_ones(
     monkeypatch.setattr(compare, "_train", train_nothing)
     hyper = {"learning_rate": 1e-3}
     source = compare._source(digits, config, lambda _: None)
-    got = compare.final("none", hyper, digits, config, source, lambda _: None)
+    got, networks = compare.final("none", hyper, digits, config, source, lambda _: None)
     assert got["metrics"]["last"]["seeds"] == [0.1, 0.2, 0.6]
     assert got["metrics"]["last"]["mean"] == pytest.approx(0.3)
+    assert len(networks) == 3
 
 
 @pytest.mark.parametrize("base", BASES)
