@@ -105,8 +105,7 @@ def measure(
     for batch in BATCHES:
         steps, carries = {}, {}
         for name, (form, _) in networks.items():
-            run = jax.jit(functools.partial(form.run, model))
-            compiled = run.lower(stored[name], x[:batch]).compile()
+            compiled = _program(model, form).lower(stored[name], x[:batch]).compile()
             memory = compiled.memory_analysis()
             assert memory is not None
             peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -123,11 +122,16 @@ def measure(
     return found
 
 
+@functools.lru_cache  # compiled once for all seeds
+def _program(model: nn.Module, form: Form) -> Any:
+    return jax.jit(functools.partial(form.run, model))
+
+
 def logits(
     model: nn.Module, form: Form, variables: Any, x: jax.Array, batch: int = 1000
 ) -> np.ndarray:
     """What a network says in one of its forms."""
-    stored, run = form.store(variables), jax.jit(functools.partial(form.run, model))
+    stored, run = form.store(variables), _program(model, form)
     starts = range(0, len(x), batch)
     return np.concatenate([run(stored, x[i : i + batch]) for i in starts])
 

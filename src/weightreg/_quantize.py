@@ -1,6 +1,7 @@
 """Binary and ternary weights: each weight goes to one of two or three levels."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -382,8 +383,7 @@ def _distance(w, scale, levels, stacked):
     gap = jnp.abs(w.astype(dtype) - _nearest(w, scale, levels).astype(dtype))
     # Of what is not at its level, or a V of 0 would divide 0.
     share = jnp.where(gap == 0, gap, gap / scale.astype(dtype))
-    count = max(w.size // max(int(np.prod([w.shape[a] for a in stacked])), 1), 1)
-    return jnp.sum(share, axes) / count
+    return jnp.sum(share, axes) / max(math.prod(w.shape[a] for a in axes), 1)
 
 
 @functools.partial(jax.jit, static_argnums=3)
