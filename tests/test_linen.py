@@ -15,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers as Dims
 import weightreg as wr
 import weightreg.linen
 import weightreg.nnx
-from weightreg._parseval import convex_sum
+from weightreg._weissi._parseval import convex_sum
 from weightreg.linen import ConvexSum, EquivalentNorm
 
 KEY = jax.random.key(0)

@@ -1,0 +1,184 @@
+"""Norms and their gradients, and numbers as fractions and powers of two."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weightreg._core._norms import (
+    Axes,
+    measure,
+    parse_norm,
+    power_iteration,
+    start_vector,
+)
+from weightreg._core._scaled import Scaled, add, split, times_power
+
+NORMS = [(1.0, 1.0), (2.0, 2.0), (2.0, 1.0), (1.0, 3.5), (7.0, 7.0)]
+NORMS += [(math.inf, math.inf), (math.inf, 2.0), (200.0, 200.0), "spectral"]
+AXES = Axes((0, 2), (3,))  # axis 1 stacks two layers
+SHAPE = (3, 2, 2, 4)
+
+
+def layers(w):
+    """Matrices (inputs, outputs) of a leaf of `SHAPE`."""
+    return [w[:, i].reshape(6, 4) for i in range(2)]
+
+
+def norm_of(matrix, norm):
+    if norm == "spectral":
+        return np.linalg.norm(matrix, 2)
+    return np.linalg.norm([np.linalg.norm(unit, norm[0]) for unit in matrix.T], norm[1])
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_norms_and_gradients_of_stacked_layers(norm):
+    w = np.random.default_rng(0).normal(size=SHAPE)
+    size, gradient = jax.jit(measure, static_argnums=(1, 2))(
+        jnp.asarray(w, jnp.float32), norm, AXES
+    )
+    expected = [norm_of(m, norm) for m in layers(w)]
+    np.testing.assert_allclose(size.value().ravel(), expected, rtol=1e-5)
+    assert size.fraction.shape == (1, 2, 1, 1)
+    slope = np.zeros(SHAPE)
+    for index in np.ndindex(*SHAPE):
+        ends = []
+        for step in (1e-6, -1e-6):
+            moved = w.copy()
+            moved[index] += step
+            ends.append(sum(norm_of(m, norm) for m in layers(moved)))
+        slope[index] = (ends[0] - ends[1]) / 2e-6
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+
+
+@jax.jit
+def all_norms(w):
+    return [measure(w, norm, AXES) for norm in NORMS]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    power=st.integers(-125, 127),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_scale_changes_nothing_but_the_exponent(power, dtype, seed):
+    """From the least normal numbers up to where norms are out of range."""
+    w = np.random.default_rng(seed).uniform(0.5, 1, SHAPE)
+    plain = jnp.asarray(w, dtype)
+    scaled = jnp.asarray(np.asarray(plain, np.float64) * 2.0**power, dtype)
+    for (a, grad_a), (b, grad_b) in zip(
+        all_norms(plain), all_norms(scaled), strict=True
+    ):
+        exact = np.asarray(a.fraction, np.float64) * 2.0 ** np.asarray(a.exponent)
+        other = np.asarray(b.fraction, np.float64) * 2.0 ** (
+            np.asarray(b.exponent) - float(power)
+        )
+        np.testing.assert_allclose(other, exact, rtol=2e-6)
+        np.testing.assert_allclose(grad_a, grad_b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_unit_beside_a_large_one_has_its_gradient():
+    """Its norm is nothing beside the other's, its gradient (q = 1) is as large."""
+    w = jnp.array([[3e15, 3e-15], [4e15, -4e-15]])
+    size, gradient = measure(w, (2.0, 1.0), Axes((0,), (1,)))
+    np.testing.assert_allclose(size.value(), 5e15, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0.6, 0.6], [0.8, -0.8]], rtol=1e-6)
+
+
+def test_ties_share_the_gradient_of_the_largest_entry():
+    size, gradient = measure(
+        jnp.array([[2.0, -2.0], [1, 0]]), (math.inf,) * 2, Axes((0,), (1,))
+    )
+    assert size.value() == 2
+    np.testing.assert_array_equal(gradient, [[0.5, -0.5], [0, 0]])
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_zeros_and_nothing(norm):
+    for shape in ((2, 2), (0, 2), (2, 0), (1, 1)):
+        size, gradient = measure(jnp.zeros(shape), norm, Axes((0,), (1,)))
+        np.testing.assert_array_equal(size.value(), np.zeros((1, 1)))
+        np.testing.assert_array_equal(gradient, np.zeros(shape))
+
+
+def test_power_iteration_finds_the_largest_singular_value():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
+    vector = start_vector(w, AXES, jax.random.key(0))
+    assert vector.shape == (2, 4)
+    np.testing.assert_allclose(jnp.linalg.norm(vector, axis=1), 1, rtol=1e-6)
+    exact, slope = measure(w, "spectral", AXES)
+    rough, _, _ = power_iteration(w, vector, AXES, 1)
+    assert jnp.all(rough.value() <= exact.value() * (1 + 1e-6))
+    assert not jnp.allclose(rough.value(), exact.value(), rtol=1e-3)
+    size, gradient, better = power_iteration(w * 1e-30, vector, AXES, 100)
+    np.testing.assert_allclose(size.value(), exact.value() * 1e-30, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, atol=1e-3)
+    again, _, same = power_iteration(w * 0, better, AXES, 3)
+    np.testing.assert_array_equal(again.value(), 0)
+    np.testing.assert_array_equal(same, better)  # or it could never leave zeros
+
+
+@settings(deadline=None, max_examples=200)
+@given(x=st.floats(width=32, allow_nan=False), power=st.integers(-400, 400))
+def test_times_power_rounds_only_at_the_ends(x, power):
+    got = float(times_power(jnp.float32(x), jnp.int32(power)))
+    if 0 < abs(x) < 2.0**-126:
+        return  # XLA takes subnormal operands for 0
+    with np.errstate(over="ignore", under="ignore"):
+        exact = float(np.float32(np.ldexp(np.float64(x), power)))
+    subnormal = 0 < abs(exact) <= 2.0**-126
+    assert got == exact or (subnormal and abs(got) <= 2.0**-126)
+
+
+@settings(deadline=None, max_examples=200)
+@given(x=st.floats(0, width=32, allow_infinity=False))
+def test_split_is_exact_for_subnormal_numbers_too(x):
+    fraction, exponent = split(np.float32(x), jnp.float32)
+    assert float(fraction) * 2.0 ** int(exponent) == float(np.float32(x))
+    assert x == 0 or 0.5 <= fraction < 1
+
+
+def test_sums_of_numbers_far_out_of_range():
+    def number(fraction, exponent):
+        return Scaled(jnp.float32(fraction), jnp.int32(exponent))
+
+    total = add(number(0.5, 1000), number(0.5, 999))
+    assert (float(total.fraction), int(total.exponent)) == (0.75, 1000)
+    total = add(number(0.0, 5000), number(0.5, -3000))  # a 0 has no say
+    assert (float(total.fraction), int(total.exponent)) == (0.5, -3000)
+
+
+def test_names_of_norms():
+    assert parse_norm("norm", "frobenius") == (2, 2) and parse_norm("n", "l1") == (1, 1)
+    assert parse_norm("norm", [1, math.inf]) == (1, math.inf)
+    for wrong in ("l2", (1,), (0.5, 2), (1, math.nan), 2, None, ("a", 1)):
+        with pytest.raises(ValueError, match="norm must be one of 'frobenius'"):
+            parse_norm("norm", wrong)
+
+
+def test_accelerators_take_no_branch(monkeypatch):
+    """What other platforms compute, computed here: it is the same."""
+    rng = np.random.default_rng(0)
+    leaves = [
+        jnp.asarray(rng.normal(size=(4, 3)) * s, jnp.float32) for s in (1, 1e-30, 1e30)
+    ]
+    axes = Axes((0,), (1,))
+    run = lambda: [measure(w, n, axes) for w in leaves for n in NORMS[:2]]  # noqa: E731
+    expected = run()
+    branches = []
+
+    def default_only(*args, default, **kwargs):
+        branches.append(1)
+        return default(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", default_only)
+    for (a, slope), (b, other) in zip(run(), expected, strict=True):
+        np.testing.assert_array_equal(a.exponent, b.exponent)
+        np.testing.assert_allclose(a.fraction, b.fraction, rtol=1e-6)
+        np.testing.assert_allclose(slope, other, rtol=1e-6)
+    assert len(branches) == 6

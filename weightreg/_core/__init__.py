@@ -1,0 +1,1 @@
+"""What every method asks: which leaves are weights, what users pass, norms, meshes."""

@@ -1,0 +1,287 @@
+"""A chain of layers: which weights, in what order, with which biases.
+
+No tree says in which order a network calls its layers. Where that matters, users name
+the layers, and only this file reads the names.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import GetAttrKey
+
+from weightreg._core._mesh import gathered
+from weightreg._core._norms import Axes, Norm, norm_of
+from weightreg._core._scaled import Scaled, normalize
+from weightreg._core._trees import KeyPath, show_path
+from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
+from weightreg._volumization._reach import compute_dtype
+
+LayerOrder: TypeAlias = Sequence[WeightLayer | str] | None
+"""Layers in the order of the network, as `chain_of` reads them."""
+
+
+class Chain(NamedTuple):
+    """Layers in the order in which a network calls them.
+
+    Attributes:
+      layers: The layers. Where one has stack axes, they are the leading ones, and
+        count as so many layers in order.
+      biases: For every layer the position of its bias in ``jax.tree.leaves(params)``,
+        or ``None``.
+      dtype: One of at least 32 bits that holds all of them exactly.
+    """
+
+    layers: tuple[WeightLayer, ...]
+    biases: tuple[int | None, ...]
+    dtype: jnp.dtype
+
+
+def chain_of(
+    params: Any, layers: LayerOrder, mask: Mask, dims: Dims, *, ordered: bool = False
+) -> Chain:
+    """Finds the layers that a user names, and their biases.
+
+    Args:
+      params: Any tree of parameters.
+      layers: A `WeightLayer`, or a string, for every layer: the path of the weight
+        (``"['Dense_0']['kernel']"``), the same with slashes (``"Dense_0/kernel"``), or
+        that of its module (``"Dense_0"``). ``None`` stands for all weights in the
+        order of `weight_layers`.
+      mask: As in `weight_mask`.
+      dims: As in `weight_layers`. A `WeightLayer` brings its own axes where neither is
+        given, and else has to agree with them.
+      ordered: Whether the order matters even without biases.
+
+    Returns:
+      The chain. A layer's bias is the floating leaf called ``bias`` beside it.
+
+    Raises:
+      ValueError: A name stands for none or several of the weights; a layer is named
+        twice, or does not belong to ``params``; stack axes are not the leading ones; a
+        bias has not the shape that ``dims`` gives its layer's units, or might be that
+        of two weights; or ``layers`` is ``None`` and there are further floating leaves,
+        or the order matters and layers in the order of the tree do not fit together.
+      TypeError: ``layers`` is no sequence of layers and strings.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    weights = weight_layers(params, mask=mask, dims=dims)
+    strict = mask is not None or dims is not None
+    chosen = weights if layers is None else _choose(layers, weights, paths, strict)
+    for layer in chosen:
+        _check_stack(layer)
+    biases = _biases(chosen, weights, paths)
+    if layers is None and (ordered or any(i is not None for i in biases)):
+        _check_order(chosen)
+    used = [layer.index for layer in chosen] + [i for i in biases if i is not None]
+    if layers is None:
+        _check_complete(paths, used)
+    dtype = compute_dtype(*(jnp.result_type(paths[i][1]) for i in used))
+    return Chain(chosen, biases, dtype)
+
+
+def stack_of(layer: WeightLayer) -> tuple[int, ...]:
+    """The shape of the stack of layers that a leaf is; ``()`` for a single layer."""
+    return tuple(layer.shape[a] for a in layer.stack_axes)
+
+
+def chain_norms(params: Any, layers: Sequence[WeightLayer], norm: Norm) -> Scaled:
+    """The norms of one or more layers as one vector, stacked ones one by one."""
+    leaves = jax.tree.leaves(params)
+    return _join(
+        [norm_of(jnp.asarray(leaves[x.index]), norm, Axes.of(x)) for x in layers]
+    )
+
+
+@jax.jit
+def _join(norms: list[Scaled]) -> Scaled:
+    dtype = compute_dtype(*(x.fraction.dtype for x in norms))
+    fractions = [gathered(x.fraction.astype(dtype), ()).reshape(-1) for x in norms]
+    exponents = [gathered(x.exponent, ()).reshape(-1) for x in norms]
+    joined = jnp.concatenate(fractions), jnp.concatenate(exponents)
+    # Else XLA computes all norms anew in every place that needs their product.
+    return normalize(Scaled(*lax.optimization_barrier(joined)))
+
+
+def _choose(
+    layers: Any,
+    weights: tuple[WeightLayer, ...],
+    paths: list[tuple[KeyPath, Any]],
+    strict: bool,
+) -> tuple[WeightLayer, ...]:
+    """The layers that a user names, in the user's order."""
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise TypeError(
+            "layers must be a sequence of WeightLayer objects and strings, or None, "
+            f"not {layers!r}."
+        )
+    by_name = _by_name(weights, paths)
+    chosen: dict[int, WeightLayer] = {}
+    for position, entry in enumerate(layers):
+        where = f"layers[{position}]"
+        if isinstance(entry, str):
+            layer = _named(where, entry, by_name, weights)
+        elif isinstance(entry, WeightLayer):
+            layer = entry
+            _check_belongs(where, layer, weights, paths, strict)
+        else:
+            raise TypeError(
+                f"{where} must be a WeightLayer or a string, not {entry!r}."
+            )
+        if layer.index in chosen:
+            raise ValueError(f"{where} repeats {layer.path}: name every layer once.")
+        chosen[layer.index] = layer
+    return tuple(chosen.values())
+
+
+def _by_name(
+    weights: tuple[WeightLayer, ...], paths: list[tuple[KeyPath, Any]]
+) -> dict[str, list[WeightLayer]]:
+    """The weights that each name stands for."""
+    found: dict[str, list[WeightLayer]] = {}
+    for layer in weights:
+        path = _own_path(paths[layer.index][0])
+        for name in {layer.path, _slashed(path), _slashed(path[:-1])} - {""}:
+            found.setdefault(name, []).append(layer)
+    return found
+
+
+def _named(
+    where: str,
+    name: str,
+    by_name: dict[str, list[WeightLayer]],
+    weights: tuple[WeightLayer, ...],
+) -> WeightLayer:
+    found = by_name.get(name, [])
+    if len(found) == 1:
+        return found[0]
+    which = ", ".join(layer.path for layer in found)
+    known = ", ".join(layer.path for layer in weights)
+    raise ValueError(
+        f"{where} is {name!r}, which must be the path of one weight or of its module, "
+        + (f"but stands for {which}." if found else f"but is none of: {known}.")
+    )
+
+
+def _check_belongs(
+    where: str,
+    layer: WeightLayer,
+    weights: tuple[WeightLayer, ...],
+    paths: list[tuple[KeyPath, Any]],
+    strict: bool,
+) -> None:
+    """Refuses a layer of other parameters, or with other axes than ``dims`` gives."""
+    if layer in weights:
+        return
+    there = [(show_path(path), leaf) for path, leaf in paths[layer.index :][:1]]
+    shapes = [
+        (path, jnp.shape(leaf))
+        for path, leaf in there
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    if strict or shapes != [(layer.path, layer.shape)]:
+        raise ValueError(
+            f"{where} is not a weight of these parameters"
+            f"{' with this mask and dims' if strict else ''}: {layer}."
+        )
+
+
+def _check_order(layers: tuple[WeightLayer, ...]) -> None:
+    """Refuses an order in which the units of a layer are not the inputs of the next."""
+    for layer, following in itertools.pairwise(layers):
+        units = math.prod(layer.shape[a] for a in layer.output_axes)
+        inputs = following.fan_in // following.window
+        # More for an image that was flattened, less for groups of a convolution.
+        if units and inputs and inputs % units and units % inputs:
+            raise ValueError(
+                "layers must say in which order the network calls its layers: by "
+                f"their names {following.path}, of shape {following.shape}, would "
+                f"follow {layer.path}, of shape {layer.shape}, which does not fit."
+            )
+
+
+def _check_stack(layer: WeightLayer) -> None:
+    if layer.stack_axes != tuple(range(len(layer.stack_axes))):
+        raise ValueError(
+            f"{layer.path} of shape {layer.shape} stacks layers along its axes "
+            f"{layer.stack_axes}: expected its leading ones. (dims names all other "
+            "axes.)"
+        )
+
+
+def _biases(
+    layers: tuple[WeightLayer, ...],
+    weights: tuple[WeightLayer, ...],
+    paths: list[tuple[KeyPath, Any]],
+) -> tuple[int | None, ...]:
+    """The position of every layer's bias among the leaves, checked."""
+    taken = {layer.index for layer in (*layers, *weights)}
+    parents = [_own_path(paths[index][0])[:-1] for index in sorted(taken)]
+    biases = {
+        _own_path(path)[:-1]: index
+        for index, (path, leaf) in enumerate(paths)
+        if index not in taken and _is_inexact(leaf) and _is_called_bias(path)
+    }
+
+    def bias(layer: WeightLayer) -> int | None:
+        parent = _own_path(paths[layer.index][0])[:-1]
+        index = biases.get(parent)
+        if index is None:
+            return None
+        path, leaf = paths[index]
+        if parents.count(parent) > 1:
+            raise ValueError(
+                f"{show_path(path)} might be the bias of several weights beside it: "
+                "expected one weight for a bias."
+            )
+        _check_bias(layer, show_path(path), jnp.shape(leaf))
+        return index
+
+    return tuple(map(bias, layers))
+
+
+def _check_bias(layer: WeightLayer, path: str, shape: tuple[int, ...]) -> None:
+    """Refuses a bias for other units: a sign of stacked layers that nobody declared."""
+    stack = stack_of(layer)
+    units = tuple(layer.shape[a] for a in layer.output_axes)
+    # Equinox keeps a convolution's bias as (units, 1, 1).
+    same_size = math.prod(shape) == math.prod(stack + units)
+    if not same_size or shape[: len(stack)] != stack:
+        raise ValueError(
+            f"{path} has shape {shape}, but {layer.path} of shape {layer.shape} has "
+            f"units {units} and a stack of layers {stack}: expected {stack + units}. "
+            "Say with dims= what the weight's axes mean; stacked layers (nn.scan) and "
+            "weights (out, in) need it."
+        )
+
+
+def _check_complete(paths: list[tuple[KeyPath, Any]], used: list[int]) -> None:
+    for index, (path, leaf) in enumerate(paths):
+        if _is_inexact(leaf) and index not in used:
+            raise ValueError(
+                f"{show_path(path)} is neither a weight nor a leaf called bias beside "
+                "one, so that these parameters may not be those of a chain of layers. "
+                "If those that matter are one, name them in layers=."
+            )
+
+
+def _own_path(path: KeyPath) -> KeyPath:
+    """A parameter's own path, without the ``.value`` that an ``nnx.State`` appends."""
+    return path[:-1] if path and path[-1] == GetAttrKey("value") else path
+
+
+def _slashed(path: KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_called_bias(path: KeyPath) -> bool:
+    return _slashed(_own_path(path)[-1:]) == "bias"
+
+
+def _is_inexact(leaf: Any) -> bool:
+    is_number = isinstance(leaf, float | complex) or hasattr(leaf, "dtype")
+    return is_number and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)

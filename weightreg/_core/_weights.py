@@ -1,0 +1,359 @@
+"""Which leaves of a parameter tree are weights, and what their axes mean.
+
+Every method of this library asks here, and no method looks at a leaf's name or
+rank by itself.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import DictKey, GetAttrKey
+from optax.contrib import MuonDimensionNumbers
+
+from weightreg._core._packed_weight import refuse_packed
+from weightreg._core._trees import KeyPath, is_function, match, show_path
+
+Mask: TypeAlias = Any | Callable[[Any], Any] | None
+Dims: TypeAlias = Any | Callable[[Any], Any] | None
+
+# Flax's names for parameters that shift or scale units, and `ConvexSum`'s. They are
+# told by name since rank does not tell: attention biases are (heads, head_dim), scanned
+# ones have a leading axis of layers.
+_NOT_WEIGHTS = frozenset({"bias", "scale", "convex_logits"})
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightLayer:
+    """One weight of a network: a leaf of the parameters, and the roles of its axes.
+
+    Attributes:
+      path: Key path of the leaf, as ``jax.tree_util.keystr`` prints it.
+      index: Position of the leaf in ``jax.tree.leaves(params)``.
+      shape: Shape of the leaf.
+      input_axes: Axes over which a unit sums its inputs, window axes included.
+      output_axes: Axes that number the units.
+      stack_axes: Axes along which several layers are stacked (``nn.scan``).
+      convolves: Whether it is the kernel of a convolution.
+      window: Number of window positions of a convolution, 1 for anything else.
+      fan_in: Inputs of one unit: the product of the input axes.
+      fan_out: Units times window, as ``jax.nn.initializers`` counts it.
+    """
+
+    path: str
+    index: int
+    shape: tuple[int, ...]
+    input_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    convolves: bool
+    window: int
+    fan_in: int
+    fan_out: int
+
+
+def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
+    """Says which leaves are weights.
+
+    A leaf is a weight when it is a floating-point array of two or more axes, unless
+    it is called ``bias`` or ``scale`` (Flax's names; rank alone would count the
+    biases of attention heads and of scanned layers) or ``convex_logits`` (that of
+    ``ConvexSum``). Integer and complex leaves, and leaves that are no arrays, are not
+    weights.
+
+    Args:
+      params: Any tree: a linen dict, an ``nnx.State``, an Equinox module; ``None``
+        and ``optax.MaskedNode`` are holes.
+      mask: Takes the place of this rule: a tree of booleans, or a prefix of one, or
+        a function that makes one of ``params``.
+      dims: Takes the place of this rule, as in Muon: a leaf with
+        ``optax.contrib.MuonDimensionNumbers`` is a weight, a leaf with ``None`` is
+        not. A tree, or a function that makes one of ``params``.
+
+    Returns:
+      A tree of booleans with the structure of ``params``, fit for the ``mask`` of
+      any Optax transformation.
+
+    Raises:
+      ValueError: ``mask`` or ``dims`` does not match ``params``.
+      TypeError: ``mask`` holds something other than booleans, or is true for a leaf
+        that is no floating-point array; or ``params`` is an integer, which is what
+        ``optax.inject_hyperparams`` passes to functions that it takes for schedules.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.weight_mask({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
+      {'bias': False, 'kernel': True}
+    """
+    refuse_step_count("mask", params)
+    return jax.tree.unflatten(
+        jax.tree.structure(params), mask_leaves(params, mask, dims)
+    )
+
+
+def left_out(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, str]:
+    """Says which leaves are no weights, and why: what no method here touches.
+
+    Args:
+      params: As in `weight_mask`.
+      mask: As in `weight_mask`.
+      dims: As in `weight_mask`.
+
+    Returns:
+      The reason for each leaf that is left out, by its path, in the tree's order.
+
+    Raises:
+      ValueError: As in `weight_mask`.
+      TypeError: As in `weight_mask`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.left_out({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
+      {"['bias']": "called 'bias'"}
+      >>> wr.left_out({"kernel": jnp.ones((3, 4))}, mask=False)
+      {"['kernel']": 'mask is false'}
+    """
+    refuse_step_count("mask", params)
+    reasons = {}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    flags = mask_leaves(params, mask, dims)
+    for (path, leaf), flag in zip(leaves, flags, strict=True):
+        if not flag and mask is not None:
+            reasons[show_path(path)] = "mask is false"
+        elif not flag and dims is not None:
+            reasons[show_path(path)] = "dims is None"
+        elif not flag:
+            reasons[show_path(path)] = str(_why_not(path, leaf))
+    return reasons
+
+
+def weight_layers(
+    params: Any, *, mask: Mask = None, dims: Dims = None
+) -> tuple[WeightLayer, ...]:
+    """Lists the weights of a network, with their fans and the roles of their axes.
+
+    Without ``dims``, kernels are Flax's: the last axis numbers the units and the rest
+    are their inputs, of which all but the last are a convolution's window. Attention
+    kernels ``(embed, heads, head_dim)``, scanned layers and Equinox's
+    ``(out, in)`` weights need ``dims``:
+
+        >>> from optax.contrib import MuonDimensionNumbers as Dims
+        >>> query = Dims(reduction_axis=0, output_axis=(1, 2))
+        >>> scanned = Dims(reduction_axis=1, output_axis=2)  # axis 0: layers
+        >>> equinox = Dims(reduction_axis=1, output_axis=0)
+
+    Axes that ``dims`` does not name stack several layers. Where ``dims`` gives three
+    or more reduction axes and one output axis, the leaf is taken for a convolution,
+    and all but the last reduction axis for its window.
+
+    The order is that of the tree, except that keys of mappings are sorted as people
+    number layers: ``Dense_2`` before ``Dense_10``. No tree says in which order a
+    network calls its layers; where that matters, methods take it as an argument.
+
+    Args:
+      params: Any tree of parameters.
+      mask: As in `weight_mask`.
+      dims: As in `weight_mask`.
+
+    Returns:
+      One `WeightLayer` a weight.
+
+    Raises:
+      ValueError: As in `weight_mask`; or a leaf that ``mask`` calls a weight has
+        fewer than two axes, hence no fans; or ``dims`` names an axis twice or one
+        that the leaf does not have.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> layer, = wr.weight_layers({"kernel": jnp.ones((3, 3, 8, 16))})
+      >>> layer.fan_in, layer.fan_out, layer.window
+      (72, 144, 9)
+    """
+    dims_of = dims_leaves(params, dims)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    flags = mask_leaves(params, mask, dims)
+    layers = [
+        (path, _layer(path, index, jnp.shape(leaf), d))
+        for index, ((path, leaf), d, weight) in enumerate(
+            zip(paths, dims_of, flags, strict=True)
+        )
+        if weight
+    ]
+    order = _natural_order([path for path, _ in paths])
+    return tuple(layer for _, layer in sorted(layers, key=lambda pl: order(pl[0])))
+
+
+def refuse_step_count(argument: str, params: Any) -> None:
+    """Says that ``inject_hyperparams`` has called a rule as if it were a schedule."""
+    if jax.tree_util.all_leaves([params]) and jnp.issubdtype(
+        jnp.result_type(params), jnp.integer
+    ):
+        raise TypeError(
+            f"{argument}: a function of the parameters got a step count. Under "
+            f"optax.inject_hyperparams pass static_args={argument!r}, since it takes "
+            "every function for a schedule."
+        )
+
+
+def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
+    """`weight_mask` as one boolean a leaf, in the order of ``jax.tree.leaves``."""
+    refuse_packed(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if mask is None and dims is None:
+        return [_why_not(path, leaf) is None for path, leaf in leaves]
+    if mask is None:
+        flags = [d is not None for d in dims_leaves(params, dims)]
+    else:
+        flags = match("mask", mask(params) if is_function(mask) else mask, params)
+    for (path, leaf), flag in zip(leaves, flags, strict=True):
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(
+                f"mask must hold booleans, but is {flag!r} at {show_path(path)}."
+            )
+        if flag and not _is_floating(leaf):
+            raise TypeError(
+                f"mask (or dims) calls {show_path(path)} a weight, which must be a "
+                f"real floating-point array; it is {_describe(leaf)}."
+            )
+    return [bool(flag) for flag in flags]
+
+
+def dims_leaves(params: Any, dims: Dims) -> list[MuonDimensionNumbers | None]:
+    """One ``MuonDimensionNumbers`` a leaf; ``None`` where none was given."""
+    if dims is None:
+        return [None] * len(jax.tree.leaves(params))
+    is_dims = lambda node: isinstance(node, MuonDimensionNumbers)  # noqa: E731
+    tree = dims(params) if is_function(dims) else dims
+    found = match("dims", tree, params, is_leaf=is_dims)
+    for entry in found:
+        if entry is not None and not is_dims(entry):
+            raise TypeError(
+                "dims must hold optax.contrib.MuonDimensionNumbers, and None for "
+                f"leaves that are no weights, not {entry!r}."
+            )
+    return found
+
+
+def stack_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
+    """Each leaf's axes that stack several layers: those that ``dims`` does not name."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    stacked = []
+    for (path, leaf), entry in zip(leaves, dims_leaves(params, dims), strict=True):
+        every = range(jnp.ndim(leaf))
+        named = every if entry is None else sum(_axes(path, len(every), entry), ())
+        stacked.append(tuple(a for a in every if a not in named))
+    return stacked
+
+
+def _is_floating(leaf: Any) -> bool:
+    is_number = isinstance(leaf, float) or hasattr(leaf, "dtype")
+    return is_number and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def _why_not(path: KeyPath, leaf: Any) -> str | None:
+    """Why a leaf is no weight by default, or None if it is one."""
+    if not _is_floating(leaf):
+        return f"not real and floating, but {_describe(leaf)}"
+    if (name := _name(path)) in _NOT_WEIGHTS:
+        return f"called {name!r}"
+    if jnp.ndim(leaf) < 2:
+        return f"of shape {jnp.shape(leaf)}, where a weight has two or more axes"
+    return None
+
+
+def _describe(leaf: Any) -> str:
+    dtype = getattr(leaf, "dtype", None)
+    return f"of type {type(leaf).__name__}" if dtype is None else f"of dtype {dtype}"
+
+
+def _key_name(key: Any) -> Any:
+    return next(
+        (getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)), key
+    )
+
+
+def _name(path: KeyPath) -> Any:
+    """The parameter's own name, past the ``.value`` that an ``nnx.State`` appends."""
+    names = [_key_name(k) for k in path if k != GetAttrKey("value")]
+    return names[-1] if names else None
+
+
+def _axes(
+    path: KeyPath, ndim: int, dims: MuonDimensionNumbers
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Input and output axes counted from the front, checked."""
+    both = [(int(a),) if isinstance(a, int | np.integer) else tuple(a) for a in dims]
+    named = [a for axes in both for a in axes]
+    normal = [a % ndim for a in named if -ndim <= a < ndim]
+    if not all(both) or len(set(normal)) < len(named):
+        raise ValueError(
+            f"dims gives {dims} for {show_path(path)}, which has {ndim} axes: expected "
+            "one or more axes of it on each side, none of them twice."
+        )
+    return tuple(normal[: len(both[0])]), tuple(normal[len(both[0]) :])
+
+
+def _layer(
+    path: KeyPath,
+    index: int,
+    shape: tuple[int, ...],
+    dims: MuonDimensionNumbers | None,
+) -> WeightLayer:
+    if dims is None and len(shape) < 2:
+        raise ValueError(
+            f"{show_path(path)} has shape {shape}: a weight has two or more axes, for "
+            "inputs and units. Leave the leaf out with mask=. (volumize does with any "
+            "leaf whose volume is a number.)"
+        )
+    if dims is None:
+        inputs, outputs = tuple(range(len(shape) - 1)), (len(shape) - 1,)
+    else:
+        inputs, outputs = _axes(path, len(shape), dims)
+    size = lambda axes: math.prod(shape[a] for a in axes)  # noqa: E731
+    # With dims, two reduction axes are rather attention's (heads, head_dim) than a
+    # one-dimensional convolution's (window, in).
+    convolves = len(outputs) == 1 and len(inputs) >= (2 if dims is None else 3)
+    window = size(inputs[:-1]) if convolves else 1
+    return WeightLayer(
+        path=show_path(path),
+        index=index,
+        shape=shape,
+        input_axes=inputs,
+        output_axes=outputs,
+        stack_axes=tuple(a for a in range(len(shape)) if a not in inputs + outputs),
+        convolves=convolves,
+        window=window,
+        fan_in=size(inputs),
+        fan_out=size(outputs) * window,
+    )
+
+
+def _natural_order(paths: list[KeyPath]) -> Callable[[KeyPath], list[Any]]:
+    """A sort key: the tree's order, but the keys of a mapping with numbers as such."""
+    first: dict[KeyPath, int] = {}
+    for position, path in enumerate(paths):
+        for n in range(len(path)):
+            first.setdefault(path[: n + 1], position)
+
+    def natural(text: str) -> list[Any]:
+        parts = re.split(r"(\d+)", text)  # text and digits take turns
+        return [int(p) if i % 2 else p for i, p in enumerate(parts)]
+
+    def key(path: KeyPath) -> list[Any]:
+        return [
+            (
+                natural(str(k.key)) if isinstance(k, DictKey) else [],
+                first[path[: n + 1]],
+            )
+            for n, k in enumerate(path)
+        ]
+
+    return key

@@ -1,0 +1,1 @@
+"""Equivalent norms: networks run on weights mapped to one norm."""

@@ -1,0 +1,238 @@
+"""Epsilon-shifted L2: weight decay for weights whose norm does not matter."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
+
+from weightreg._core._norms import Axes
+from weightreg._core._numbers import Number, at, check_scalar
+from weightreg._core._trees import leaves_like
+from weightreg._core._weights import Dims, Mask
+from weightreg._equivalent_norm._groups import (
+    check_form,
+    direction,
+    group_of,
+    layers_of,
+    measure,
+)
+from weightreg._volumization._reach import compute_dtype
+
+
+class AddShiftedL2State(NamedTuple):
+    """State of `add_shifted_l2`.
+
+    Attributes:
+      count: Steps taken, for schedules; int32 scalar.
+    """
+
+    count: jax.typing.ArrayLike
+
+
+def shifted_l2(
+    strength: jax.typing.ArrayLike,
+    epsilon: jax.typing.ArrayLike,
+    *,
+    scope: str = "unit",
+    center: bool = True,
+    mask: Mask = None,
+    dims: Dims = None,
+) -> Callable[[Any], jax.Array]:
+    r"""The epsilon-shifted L2 penalty, to be added to a loss.
+
+    .. math::
+      \frac \lambda 2 \sum_j (\|W_j\| - \epsilon)^2
+      \qquad \text{or, centred,} \qquad
+      \frac \lambda 2 \sum_j k \big( (\sigma_j - \epsilon)^2 + \mu_j^2 \big)
+
+    with :math:`W_j` the ``k`` weights that feed unit ``j``, :math:`\mu_j` their mean
+    and :math:`\sigma_j` their standard deviation (of all, not of a sample). Where a
+    normalization follows, as under `equivalent_norm`, nothing but weight decay acts on
+    the norm of weights, and takes it down to 0, where steps are of any size. Here it
+    has a minimum at :math:`\epsilon` instead.
+
+    A unit of zeros (or of equal weights, centred) has no direction in which to grow:
+    its gradient is that of plain L2.
+
+    Args:
+      strength: ``lambda >= 0``; may be traced. The authors take 1e-4.
+      epsilon: 0 or more; may be traced; 0 is plain L2. It is a norm, or, centred, a
+        standard deviation, for which the authors take 1e-3.
+      scope: ``"unit"``, or ``"layer"`` for sums, means and norms over whole layers: as
+        in `equivalent_norm`.
+      center: Whether the deviation from the mean is shifted, as in `equivalent_norm`.
+      mask: Which leaves to penalize: a tree of booleans, or a function of the
+        parameters that makes one. By default all weights, as `weight_mask` says:
+        biases and normalization scales never, since no bound on the sensitivity to
+        inputs depends on them. `left_out` lists them.
+      dims: What the axes of weights mean: see `weight_layers`.
+
+    Returns:
+      A function from parameters to a scalar, in float32 at least.
+
+    Raises:
+      ValueError: A number is negative, infinite or NaN; ``scope`` is neither; a weight
+        cannot be centred (see `equivalent_norm`); or trees do not match.
+      TypeError: A number is no scalar, or ``center`` no boolean.
+
+    References:
+      Li, Chen, Xia, Yang, `Understanding the Disharmony between Weight Normalization
+      Family and Weight Decay <https://arxiv.org/abs/1911.05920>`_, 2019; the centred
+      form is that of its first author's code.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> penalty = wr.shifted_l2(0.5, epsilon=1.0, center=False)
+      >>> print(penalty({"kernel": jnp.array([[3.0], [4.0]])}))  # 0.25 * (5 - 1)^2
+      4.0
+    """
+    check_form(scope, center)
+    for name, value in (("strength", strength), ("epsilon", epsilon)):
+        check_scalar(name, value, 0, math.inf)
+
+    def penalty(params: Any) -> jax.Array:
+        leaves = jax.tree.leaves(params)
+        total = jnp.zeros([], jnp.float32)
+        for layer in layers_of(params, scope, center, mask, dims):
+            weight = jnp.asarray(leaves[layer.index])
+            aim = jnp.asarray(epsilon, compute_dtype(weight.dtype))
+            total += _value(weight, aim, scope, center, Axes.of(layer))
+        return 0.5 * jnp.asarray(strength, total.dtype) * total
+
+    return penalty
+
+
+def add_shifted_l2(
+    strength: Number,
+    epsilon: Number,
+    *,
+    scope: str = "unit",
+    center: bool = True,
+    mask: Mask = None,
+    dims: Dims = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds the gradient of `shifted_l2` to the updates, in closed form.
+
+    .. math::
+      u_j \leftarrow u_j + \lambda \Big( W_j - \epsilon \frac{W_j}{\|W_j\|} \Big)
+      \qquad \text{or, centred,} \qquad
+      u_j \leftarrow u_j + \lambda \Big( W_j - \epsilon
+        \frac{W_j - \mu_j}{\sigma_j} \Big)
+
+    Before the optimizer it is a penalty in the loss, as L2 is; between an optimizer's
+    direction and its learning rate it is decoupled, as weight decay is in AdamW.
+
+    .. warning::
+      After the learning rate, as in ``optax.chain(optax.sgd(0.1),
+      wr.add_shifted_l2(...))``, the sign is wrong.
+
+    Args:
+      strength: As in `shifted_l2`, or a schedule of the steps.
+      epsilon: Likewise.
+      scope: As in `shifted_l2`.
+      center: As in `shifted_l2`.
+      mask: As in `shifted_l2`.
+      dims: As in `shifted_l2`.
+
+    Returns:
+      A transformation that needs ``params``. Updates keep their dtype; the gradient is
+      computed in float32 at least.
+
+    Raises:
+      ValueError: As in `shifted_l2`; or in ``update``, ``params`` is not passed, or
+        ``updates`` do not fit it.
+      TypeError: As in `shifted_l2`.
+
+    References:
+      As in `shifted_l2`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import weightreg as wr
+      >>> link = wr.add_shifted_l2(0.5, epsilon=1.0, center=False)
+      >>> tx = optax.chain(link, optax.sgd(1.0))
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.ones(1)}
+      >>> grads = {"kernel": jnp.zeros((2, 1)), "bias": jnp.zeros(1)}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> updates["kernel"]  # -0.5 (1 - 1 / 5) W
+      Array([[-1.2],
+             [-1.6]], dtype=float32)
+    """
+    check_form(scope, center)
+    for name, value in (("strength", strength), ("epsilon", epsilon)):
+        if not callable(value):
+            check_scalar(name, value, 0, math.inf, "a scalar or a schedule")
+
+    def init_fn(params):
+        layers_of(params, scope, center, mask, dims)
+        return AddShiftedL2State(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        layers = layers_of(params, scope, center, mask, dims)
+        leaves = jax.tree.leaves(params)
+        flat = leaves_like("updates", updates, params, [x.index for x in layers])
+        numbers = (
+            at("strength", strength, state.count, ()),
+            at("epsilon", epsilon, state.count, ()),
+        )
+        for layer in layers:
+            u, w = jnp.asarray(flat[layer.index]), jnp.asarray(leaves[layer.index])
+            gradient = _gradient(w, *numbers, scope, center, Axes.of(layer))
+            flat[layer.index] = (u + gradient).astype(u.dtype)
+        updates = jax.tree.unflatten(jax.tree.structure(params), flat)
+        return updates, AddShiftedL2State(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # traced once for one shape
+def _value(w, epsilon, scope: str, center: bool, axes: Axes) -> jax.Array:
+    """``sum_j (c_j - e)**2 + k mu_j**2`` with the norm ``c_j`` of the deviations."""
+    size, aim, mean, count = _prepare(w, epsilon, scope, center, axes)
+    return jnp.sum((size - aim) ** 2 + count * mean**2)
+
+
+@_value.defjvp
+def _value_jvp(scope, center, axes, primals, tangents):
+    # A gradient may be finite where the sum of squares is not.
+    (w, epsilon), (w_dot, epsilon_dot) = primals, tangents
+    size, aim, _, _ = _prepare(w, epsilon, scope, center, axes)
+    aim_dot = _aim(epsilon_dot, w.shape, scope, center, axes)
+    slope = _gradient(w, 2.0, epsilon, scope, center, axes)
+    out_dot = jnp.sum(slope * w_dot) - 2 * jnp.sum((size - aim) * aim_dot)
+    return _value(w, epsilon, scope, center, axes), out_dot
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))  # traced once for one shape
+def _gradient(w, strength, epsilon, scope: str, center: bool, axes: Axes) -> jax.Array:
+    w = w.astype(compute_dtype(w.dtype))
+    aim = _aim(jnp.asarray(epsilon, w.dtype), w.shape, scope, center, axes)
+    pull = aim * direction(w, measure(group_of(axes, scope), center, w))
+    return jnp.asarray(strength, w.dtype) * (w - pull)
+
+
+def _prepare(w, epsilon, scope: str, center: bool, axes: Axes):
+    """Norms of the deviations, what they should be, the means, and the groups' size."""
+    group = group_of(axes, scope)
+    s = measure(group, center, w.astype(compute_dtype(w.dtype)))
+    unscale = lambda x: x * (1 / s.rest) * (1 / s.half)  # noqa: E731
+    size, mean = unscale(s.size), unscale(s.shift + s.mean)
+    aim = _aim(epsilon, w.shape, scope, center, axes)
+    return size, aim, mean, math.prod(w.shape[a] for a in group)
+
+
+def _aim(epsilon: jax.Array, shape, scope: str, center: bool, axes: Axes) -> jax.Array:
+    """The norm that deviations should have: epsilon is theirs, or their root mean."""
+    count = math.prod(shape[a] for a in group_of(axes, scope))
+    return epsilon * (math.sqrt(count) if center else 1.0)

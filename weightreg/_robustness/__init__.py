@@ -1,0 +1,1 @@
+"""Attacks on inputs, and losses for wrong labels and robust features."""

@@ -1,0 +1,1 @@
+"""How much a network's outputs change with its input."""

@@ -1,0 +1,198 @@
+"""What the weights of a network bound its sensitivity to its input by."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from weightreg._core._chain import LayerOrder, chain_norms, chain_of, stack_of
+from weightreg._core._norms import Axes, norm_of, parse_norm
+from weightreg._core._scaled import Scaled, cumulative_product, or_one
+from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
+
+_FROBENIUS = (2.0, 2.0)
+_BOUNDS = ("frobenius", "spectral")
+
+
+def input_gradient_bound(
+    params: Any,
+    layers: LayerOrder = None,
+    *,
+    norm: str = "frobenius",
+    mask: Mask = None,
+    dims: Dims = None,
+) -> jax.Array:
+    r"""What the weights of a network bound its input gradients by.
+
+    .. math::
+      \Big\| \frac{\partial f_j(x)}{\partial x} \Big\|_2
+        \le \|w_{L,j}\|_2 \prod_{l<L} \sqrt{k_l} \, \|W_l\|
+      \qquad \text{at every input } x
+
+    with :math:`w_{L,j}` all that feeds output ``j`` and :math:`k_l` the size of a
+    convolution's window, 1 for a dense layer: one input reaches up to :math:`k_l`
+    window positions, so that the norm of a convolution may be that much larger than
+    the norm of its kernel. (The last layer does not need it: an output at one position
+    sees one window.) With strides it may be far from tight. The paper's constant is 1.
+
+    It holds, but for rounding, for chains of
+
+    - dense layers and convolutions, with biases, any stride, dilation or groups, and
+      padding by zeros (or circular padding of images at least as large as the window);
+    - elementwise activations whose slope is at most 1: ReLU, leaky ReLU, tanh, not GELU
+      or swish;
+    - flattening, dropout in inference mode, max pooling whose windows do not overlap,
+      and average pooling that counts padding in (Flax's default). Where windows of
+      max pooling overlap, the bound has to be multiplied by the square root of the
+      number of windows that one input is in.
+
+    It does not hold with branches that are added or concatenated, attention, or
+    normalization, nor for what follows the last layer, such as a softmax.
+
+    Args:
+      params: Any tree of parameters.
+      layers: The layers in order, as in `shift_scales`. Only which is the last one
+        matters. With ``None`` it is the last of `weight_layers`, by names: ``down``
+        comes before ``up``. It is an error if anything but weights and their biases is
+        there, or layers in that order do not fit together.
+      norm: ``"frobenius"``, or ``"spectral"``, which is never larger but takes a
+        singular value decomposition of every layer's kernel matrix.
+      mask: Which leaves are weights, as in `weight_mask`.
+      dims: What their axes mean, as in `weight_layers`. Where a weight has several
+        input axes, all but the last are taken for a window.
+
+    Returns:
+      The bounds, ``(outputs,)``, or of the shape of the last layer's output axes if
+      there are several; in float32 at least. The product is not formed in one float: a
+      bound is infinite or 0 only where it is out of range itself.
+
+    Raises:
+      ValueError: ``norm`` is neither; there is no layer; or as in `shift_scales`, but
+        for factors.
+      TypeError: ``layers`` is of another type.
+
+    References:
+      Liu, Cui, Chan, 2020, eq. 15 and appendix A.3, which takes the norm of a ReLU
+      layer's diagonal of zeros and ones for its size; it is 1 at most.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> last = jnp.array([[3.0, 1.0], [4.0, 0.0]])
+      >>> params = {"first": jnp.array([[2.0, 0.0]]), "last": last}
+      >>> wr.input_gradient_bound(params)  # 2 * 5 and 2 * 1
+      Array([10.,  2.], dtype=float32)
+    """
+    if not isinstance(norm, str) or norm not in _BOUNDS:
+        raise ValueError(f"norm must be one of {_BOUNDS}, not {norm!r}.")
+    chain = chain_of(params, layers, mask, dims, ordered=True)
+    if not chain.layers:
+        raise ValueError("params must have one weight at least, but has none.")
+    norms = chain_norms(params, chain.layers, parse_norm("norm", norm))
+    windows = np.concatenate([_window_roots(layer) for layer in chain.layers])
+    return _bound(norms, windows, _unit_norms(params, chain.layers[-1]))
+
+
+class GbrBounds(NamedTuple):
+    """Logarithms of what bounds the generalization-bound regularizer.
+
+    Attributes:
+      log_product: That of the product of squared norms.
+      log_mean_power: That of their mean, to the power of their number.
+    """
+
+    log_product: jax.Array
+    log_mean_power: jax.Array
+
+
+def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBounds:
+    r"""What the norms of the weights bound `gbr` by, in logarithms.
+
+    .. math::
+      \mathrm{GBR} \le \prod_{l=1}^L \|W_l\|_F^2
+        \le \Big( \frac 1 L \sum_{l=1}^L \|W_l\|_F^2 \Big)^L
+
+    The first holds for chains of dense layers with biases, between elementwise
+    activations whose slope is at most 1 (ReLU, tanh), with ``f`` the logits or their
+    probabilities; it is an equality for one linear layer. It does not hold for
+    convolutions, whose operator has a larger norm than their kernel, nor with
+    normalization or branches: there it is the paper's analogy. The second, between
+    means, is an equality where all norms are equal, as `equivalent_norm` makes them.
+
+    Args:
+      params: Any tree of parameters.
+      mask: Which leaves are weights, as in `weight_mask`.
+      dims: What their axes mean, as in `weight_layers`; only stacked layers, which
+        count one by one, depend on it.
+
+    Returns:
+      Two scalars that can be differentiated, in float32 at least: minus infinity where
+      a layer (for the second, every one) is zero, and 0 without any weight.
+
+    Raises:
+      ValueError: As in `weight_layers`.
+      TypeError: As in `weight_mask`.
+
+    References:
+      Li, Chen, Yang, Generalization Bound Regularizer, eq. 17.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> params = {"a": jnp.array([[8.0]]), "b": jnp.array([[2.0]])}
+      >>> bounds = wr.gbr_bounds(params)
+      >>> print(jnp.exp(bounds.log_product))  # 8^2 2^2
+      256.0
+      >>> print(jnp.exp(bounds.log_mean_power))  # 34^2
+      1156.0
+    """
+    layers = weight_layers(params, mask=mask, dims=dims)
+    if not layers:
+        return GbrBounds(jnp.zeros([]), jnp.zeros([]))
+    norms = chain_norms(params, layers, _FROBENIUS)
+    return _gbr_bounds(norms)
+
+
+@jax.jit
+def _bound(norms: Scaled, factors: jax.Array, units: Scaled) -> jax.Array:
+    """The units' norms times all norms but the last, each with a factor of its own."""
+    fractions = norms.fraction * factors.astype(norms.fraction.dtype)
+    # In the place of the last layer, which may be the last of a stack, a one.
+    others = Scaled(fractions.at[-1].set(1), norms.exponent.at[-1].set(0))
+    product = cumulative_product(others)
+    fraction = units.fraction * product.fraction[-1]
+    return Scaled(fraction, units.exponent + product.exponent[-1]).value()
+
+
+@jax.jit
+def _gbr_bounds(norms: Scaled) -> GbrBounds:
+    count, zero = norms.fraction.size, norms.fraction == 0
+    logs = jnp.sum(jnp.log2(or_one(norms.fraction)))
+    exponents = jnp.sum(jnp.where(zero, 0, norms.exponent))  # exact, as integers
+    product = 2 * math.log(2) * (logs + exponents)
+    low = -(2**20)  # zeros have no say, whatever their exponents are
+    largest = jnp.max(jnp.where(zero, low, norms.exponent))
+    mean = jnp.sum(norms.at(largest) ** 2) / count
+    power = count * (jnp.log(or_one(mean)) + 2 * math.log(2) * largest)
+    return GbrBounds(
+        product + jnp.where(jnp.any(zero), -jnp.inf, 0),
+        power + jnp.where(mean == 0, -jnp.inf, 0),
+    )
+
+
+def _window_roots(layer: WeightLayer) -> np.ndarray:
+    """The root of the window's size, for every layer of a stack."""
+    # With dims, two input axes may be attention's or a window: assume a window.
+    window = math.prod(layer.shape[a] for a in layer.input_axes[:-1])
+    return np.full(math.prod(stack_of(layer)), math.sqrt(window))
+
+
+def _unit_norms(params: Any, layer: WeightLayer) -> Scaled:
+    """The norm of all that feeds each unit, of the last layer where it is a stack."""
+    weight = jnp.asarray(jax.tree.leaves(params)[layer.index])
+    size = norm_of(weight, _FROBENIUS, Axes(layer.input_axes, ()))
+    units = tuple(layer.shape[a] for a in sorted(layer.output_axes))
+    shape = (math.prod(stack_of(layer)), *units)
+    return Scaled(size.fraction.reshape(shape)[-1], size.exponent.reshape(shape)[-1])

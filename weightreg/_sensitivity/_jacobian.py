@@ -1,0 +1,423 @@
+"""Sensitivity of a network to its input: gradients, Jacobians, and their mean."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from weightreg._core._mesh import gathered, placed
+from weightreg._core._norms import Axes, norm_of
+from weightreg._core._numbers import check_count
+from weightreg._core._scaled import Scaled, or_one
+from weightreg._core._trees import show_path
+from weightreg._volumization._reach import compute_dtype
+
+_FROBENIUS = (2.0, 2.0)
+
+
+def input_gradient_norms(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    batch_size: int | None = None,
+) -> jax.Array:
+    r"""Norms of the gradients of a network's outputs by its input.
+
+    .. math::
+      \Big\| \frac{\partial f_j(x_i)}{\partial x_i} \Big\|_2
+      \qquad \text{for every example } i \text{ and output } j
+
+    Whether ``f`` gives logits, probabilities or a loss is the caller's choice; the
+    network should be in inference mode. All gradients of an example are computed in one
+    pass: forward where it has fewer inputs than outputs, else backward. The result can
+    be differentiated again, to be a penalty in training; the derivative of a norm at a
+    gradient of 0 is 0.
+
+    Args:
+      f: From one example, and what ``args`` hold for it, to one floating array of any
+        shape. It must not know about the batch.
+      x: The examples, a floating array ``(batch, ...)``.
+      *args: Further arguments of ``f``, such as labels: arrays, or trees of arrays, of
+        the same first axis. Nothing is differentiated by them.
+      batch_size: How many examples to take at once: less memory, more time. ``None``
+        takes all. Each holds its whole Jacobian.
+
+    Returns:
+      The norms, ``(batch, *outputs)`` for an output of shape ``outputs``, hence
+      ``(batch,)`` for a scalar, in float32 at least. Squares are not formed: a norm is
+      infinite or 0 only where it is out of range itself.
+
+    Raises:
+      ValueError: ``x`` has no axis, ``args`` has a leaf with another first axis, or
+        ``batch_size`` is below 1.
+      TypeError: ``x`` is no floating-point array, ``f`` does not return one, or
+        ``batch_size`` is no integer.
+
+    References:
+      Liu, Cui, Chan, Improve Generalization and Robustness of Neural Networks via
+      Weight Scale Shifting Invariant Regularizations, 2020, eqs. 14, 15.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+      >>> x = jnp.ones((3, 2))
+      >>> wr.input_gradient_norms(lambda x: x @ kernel, x)
+      Array([[5., 1.],
+             [5., 1.],
+             [5., 1.]], dtype=float32)
+      >>> labels = jnp.array([0, 1, 1])
+      >>> wr.input_gradient_norms(lambda x, y: (x @ kernel)[y], x, labels)
+      Array([5., 1., 1.], dtype=float32)
+    """
+    x = _examples(x, args)
+
+    def norms(example: jax.Array, *rest: Any) -> jax.Array:
+        jacobian = _jacobian(f, example, rest)
+        inputs = tuple(range(jacobian.ndim - example.ndim, jacobian.ndim))
+        return jnp.squeeze(
+            norm_of(jacobian, _FROBENIUS, Axes(inputs, ())).value(), inputs
+        )
+
+    return _map(norms, (x, *args), batch_size)
+
+
+class Estimate(NamedTuple):
+    """What random projections say.
+
+    Attributes:
+      mean: An unbiased estimate.
+      standard_error: The estimate's standard deviation, itself estimated.
+    """
+
+    mean: jax.Array
+    standard_error: jax.Array
+
+
+@overload
+def jacobian_norms(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: None = None,
+    key: None = None,
+    batch_size: int | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def jacobian_norms(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: int,
+    key: jax.Array,
+    batch_size: int | None = None,
+) -> Estimate: ...
+
+
+def jacobian_norms(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: int | None = None,
+    key: jax.Array | None = None,
+    batch_size: int | None = None,
+) -> jax.Array | Estimate:
+    r"""Squared Frobenius norms of a network's input-output Jacobian, one an example.
+
+    .. math::
+      \Big\| \frac{\partial f(x_i)}{\partial x_i} \Big\|_F^2
+        = \mathbb E_v \Big\| \frac{\partial \, v^\top f(x_i)}{\partial x_i} \Big\|_2^2,
+      \qquad v \sim \mathcal N(0, I)
+
+    Exact, in the cheaper of forward and reverse mode; or, with ``probes``, the mean
+    over that many random ``v``, of one backward pass each.
+
+    What ``f`` is matters: logits, `probabilities` of them, or the labelled class's
+    probability, `label_probability`, which the paper's derivation takes. The network
+    should be in inference mode. The result can be differentiated, to be a penalty in
+    training.
+
+    Args:
+      f: From one example, and what ``args`` hold for it, to one floating array of any
+        shape. It must not know about the batch.
+      x: The examples, a floating array ``(batch, ...)``.
+      *args: Further arguments of ``f``, such as labels: arrays, or trees of arrays, of
+        the same first axis. Nothing is differentiated by them.
+      probes: Number of random projections, 2 or more; ``None`` for the exact norms.
+      key: Key of ``jax.random``, with ``probes``. Every example has its own ``v``;
+        inside of ``shard_map`` give every device its own key.
+      batch_size: How many examples to take at once: less memory, more time. ``None``
+        takes all. Each holds its whole Jacobian, or its projections; a derivative of
+        the result computes them again. Where an explicit mesh splits the examples,
+        batches are taken on every device.
+
+    Returns:
+      The squared norms ``(batch,)`` in float32 at least; or with ``probes`` an
+      `Estimate` of two such arrays.
+
+    Raises:
+      ValueError: ``x`` has no axis, ``args`` has a leaf with another first axis,
+        ``batch_size`` is below 1 or ``probes`` below 2, or only one of ``probes`` and
+        ``key`` is given.
+      TypeError: ``x`` is no floating-point array, ``f`` does not return one, or a
+        number is no integer.
+
+    References:
+      Li, Chen, Yang, Generalization Bound Regularizer, eqs. 2, 18.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+      >>> x = jnp.ones((3, 2))
+      >>> wr.jacobian_norms(lambda x: x @ kernel, x)
+      Array([26., 26., 26.], dtype=float32)
+      >>> key = jax.random.key(0)
+      >>> found = wr.jacobian_norms(lambda x: x @ kernel, x, probes=1000, key=key)
+      >>> bool(jnp.all(jnp.abs(found.mean - 26) < 4 * found.standard_error))
+      True
+    """
+    x = _examples(x, args)
+    if probes is None or key is None:
+        _check_neither(probes, key)
+        return _map(functools.partial(_squared_norm, f), (x, *args), batch_size)
+    count = check_count("probes", probes, 2)
+    keys = _along(x, jax.random.split(key, x.shape[0]))
+
+    def estimate(key: jax.Array, example: jax.Array, *rest: Any) -> Estimate:
+        squares = _projected(f, key, count, example, rest)
+        # Squares have squares in range only after division by one of them.
+        largest = or_one(lax.stop_gradient(jnp.max(squares)))
+        error = jnp.std(squares / largest, ddof=1) / math.sqrt(count)
+        return Estimate(jnp.mean(squares), largest * error)
+
+    return _map(estimate, (keys, x, *args), batch_size)
+
+
+@overload
+def gbr(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: None = None,
+    key: None = None,
+    batch_size: int | None = 100,
+) -> jax.Array: ...
+
+
+@overload
+def gbr(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: int,
+    key: jax.Array,
+    batch_size: int | None = 100,
+) -> Estimate: ...
+
+
+def gbr(
+    f: Callable[..., jax.Array],
+    x: jax.typing.ArrayLike,
+    *args: Any,
+    probes: int | None = None,
+    key: jax.Array | None = None,
+    batch_size: int | None = 100,
+) -> jax.Array | Estimate:
+    r"""The generalization-bound regularizer, over a data set.
+
+    .. math::
+      \frac 1 n \sum_{i=1}^n \Big\| \frac{\partial f(x_i)}{\partial x_i} \Big\|_F^2
+
+    The mean of `jacobian_norms`, a batch at a time.
+
+    Args:
+      f: As in `jacobian_norms`.
+      x: As in `jacobian_norms`, one example or more.
+      *args: As in `jacobian_norms`.
+      probes: As in `jacobian_norms`. With many examples, few will do: 2.
+      key: As in `jacobian_norms`.
+      batch_size: How many examples to take at once.
+
+    Returns:
+      A scalar, in float32 at least; or with ``probes`` an `Estimate`, whose error is
+      that of the projections alone, not that of having these examples and no others.
+
+    Raises:
+      ValueError: As in `jacobian_norms`, or there is no example.
+      TypeError: As in `jacobian_norms`.
+
+    References:
+      Li, Chen, Yang, Generalization Bound Regularizer, eq. 18.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+      >>> print(wr.gbr(lambda x: x @ kernel, jnp.ones((64, 2)), batch_size=16))
+      26.0
+    """
+    if jnp.ndim(x) and not jnp.shape(x)[0]:
+        raise ValueError("x must have one example at least, but has none.")
+    if probes is None or key is None:
+        _check_neither(probes, key)
+        return jnp.mean(jacobian_norms(f, x, *args, batch_size=batch_size))
+    means, errors = jacobian_norms(
+        f, x, *args, probes=probes, key=key, batch_size=batch_size
+    )
+    error = norm_of(errors, _FROBENIUS, Axes((0,), ())).value().reshape(())
+    return Estimate(jnp.mean(means), error / errors.size)
+
+
+def probabilities(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The softmax of a network's logits, over their last axis.
+
+    Args:
+      f: From one example, and further arguments, to logits ``(..., classes)``.
+
+    Returns:
+      A function of the same arguments to probabilities, for `jacobian_norms`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.probabilities(lambda x: x * jnp.ones(4))(2.0)
+      Array([0.25, 0.25, 0.25, 0.25], dtype=float32)
+    """
+    return lambda *args: jax.nn.softmax(f(*args))
+
+
+def label_probability(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The probability of an example's label.
+
+    Args:
+      f: From one example, and further arguments, to logits ``(classes,)``.
+
+    Returns:
+      A function ``(x, label, *args)`` to a probability, for `jacobian_norms`:
+      ``wr.gbr(wr.label_probability(model), x, labels)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> print(wr.label_probability(lambda x: x * jnp.ones(4))(2.0, 3))
+      0.25
+    """
+    return lambda x, label, *args: jax.nn.softmax(f(x, *args))[label]
+
+
+def _examples(x: Any, args: tuple[Any, ...]) -> jax.Array:
+    """The examples, after a check that ``args`` has as many."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        what = f"type {type(x).__name__}" if dtype is None else f"dtype {dtype}"
+        raise TypeError(f"x must be a floating-point array, but is of {what}.")
+    if x.ndim == 0:
+        raise ValueError("x must have a first axis of examples, but is a scalar.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if jnp.shape(leaf)[:1] != x.shape[:1]:
+            raise ValueError(
+                f"args{show_path(path)} has shape {jnp.shape(leaf)}: expected the "
+                f"first axis of x, {x.shape[0]} examples."
+            )
+    return jnp.asarray(x)
+
+
+def _check_neither(probes: int | None, key: jax.Array | None) -> None:
+    if probes is not None or key is not None:
+        raise ValueError("probes and key must be given together, or neither.")
+
+
+def _check_output(out: Any) -> None:
+    is_array = isinstance(out, jax.ShapeDtypeStruct | jax.Array)
+    if not is_array or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(f"f must return one floating-point array, but returns {out}.")
+
+
+def _jacobian(
+    f: Callable[..., jax.Array], example: jax.Array, args: tuple[Any, ...]
+) -> jax.Array:
+    """One example's ``(*outputs, *inputs)``, in the cheaper mode."""
+    out = jax.eval_shape(f, example, *args)
+    _check_output(out)
+    differentiate = jax.jacfwd if example.size < out.size else jax.jacrev
+    dtype = compute_dtype(example.dtype, out.dtype)
+    return differentiate(f)(example, *args).astype(dtype)
+
+
+def _squared_norm(
+    f: Callable[..., jax.Array], example: jax.Array, *args: Any
+) -> jax.Array:
+    """The exact squared norm of one example's Jacobian."""
+    jacobian = _jacobian(f, example, args)
+    return _square(tuple(range(jacobian.ndim)), jacobian).reshape(())
+
+
+def _projected(
+    f: Callable[..., jax.Array],
+    key: jax.Array,
+    probes: int,
+    example: jax.Array,
+    args: tuple[Any, ...],
+) -> jax.Array:
+    """Squared norms ``(probes,)`` of gradients of random sums of the outputs."""
+    out, pullback = jax.vjp(lambda x: f(x, *args), example)
+    _check_output(out)
+    vectors = jax.random.normal(key, (probes, *out.shape), compute_dtype(out.dtype))
+    # Short ones: a random sum of gradients may be out of float16's range.
+    shrink = 2.0 ** -math.ceil(math.log2(4 * math.sqrt(max(out.size, 1))))
+    # A 0 that, inside of shard_map, differs between devices as the output does.
+    zero = jnp.where(out == out, 0, 0).astype(out.dtype)
+    (gradients,) = jax.vmap(pullback)((shrink * vectors).astype(out.dtype) + zero)
+    wide = gradients.astype(compute_dtype(gradients.dtype)) / shrink
+    return _square(tuple(range(1, wide.ndim)), wide).reshape(probes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _square(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """Squared Frobenius norms, infinite or 0 only where they are out of range."""
+    size = norm_of(x, _FROBENIUS, Axes(axes, ()))
+    return Scaled(size.fraction**2, 2 * size.exponent).value()
+
+
+@_square.defjvp
+def _square_jvp(axes, primals, tangents):
+    (x,), (x_dot,) = primals, tangents
+    # A norm has no derivative at 0, but its square has.
+    return _square(axes, x), 2 * jnp.sum(x * x_dot, axes, keepdims=True)
+
+
+def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> Any:
+    """``vmap``, of ``batch_size`` examples at a time."""
+    if batch_size is None:
+        return jax.vmap(f)(*xs)
+    size = check_count("batch_size", batch_size, 1)
+    count = len(jax.tree.leaves(xs)[0])
+    whole = count - count % size
+    # A derivative, too, is to hold no more than one batch: it computes them again.
+    batch = jax.checkpoint(jax.vmap(f))
+    if size >= count:
+        return batch(*xs)
+    # Of which any batch can be taken, if an explicit mesh splits them.
+    xs = jax.tree.map(lambda x: gathered(x, range(1, x.ndim)), xs)
+    split = lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:])  # noqa: E731
+    join = lambda a: a.reshape(whole, *a.shape[2:])  # noqa: E731
+    out = lax.map(lambda x: batch(*x), jax.tree.map(split, xs))
+    out = jax.tree.map(join, out)
+    if whole < count:
+        rest = batch(*jax.tree.map(lambda a: a[whole:], xs))
+        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, rest)
+    return out
+
+
+def _along(x: jax.Array, keys: jax.Array) -> jax.Array:
+    """Keys, one an example, placed as the examples are."""
+    spec = placed(x, (0,), None)
+    return keys if spec is None else jax.sharding.reshard(keys, spec)

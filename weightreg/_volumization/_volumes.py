@@ -1,0 +1,289 @@
+"""The size of the box: rules that give every layer its volume, and their checking."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from weightreg._core._numbers import Number, check_shape, is_real
+from weightreg._core._trees import is_function, is_hole, match, show_path
+from weightreg._core._weights import (
+    Dims,
+    Mask,
+    WeightLayer,
+    mask_leaves,
+    refuse_step_count,
+    weight_layers,
+)
+from weightreg._volumization._reach import SUPPORTED
+
+
+@dataclasses.dataclass(frozen=True)
+class VolumeRule:
+    """A function of the parameters that gives each weight its volume.
+
+    Attributes:
+      volumes: From all layers to one volume each.
+      mask: Which leaves are weights; by default what `volumize` was told.
+      dims: What their axes mean; by default what `volumize` was told.
+    """
+
+    volumes: Callable[[tuple[WeightLayer, ...]], list[Number]]
+    mask: Mask = None
+    dims: Dims = None
+
+    def __call__(self, params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
+        """The tree of volumes, with ``None`` for leaves that are no weights."""
+        refuse_step_count("volume", params)
+        own = {"mask": self.mask, "dims": self.dims}
+        given = {"mask": mask, "dims": dims}
+        kwargs = {k: given[k] if v is None else v for k, v in own.items()}
+        layers = weight_layers(params, **kwargs)
+        leaves: list[Number | None] = [None] * len(jax.tree.leaves(params))
+        for layer, volume in zip(layers, self.volumes(layers), strict=True):
+            leaves[layer.index] = volume
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def he_volume(
+    v: Number, fan: str = "out", *, mask: Mask = None, dims: Dims = None
+) -> VolumeRule:
+    r"""The volume of a layer in units of He's uniform initialization.
+
+    .. math::
+      V_l = v \sqrt{6 / h_l}
+
+    where :math:`h_l` is the layer's fan as ``jax.nn.initializers`` counts it. At
+    ``v = 1`` the box is the support of ``he_uniform(in_axis, out_axis)`` for the same
+    fan.
+
+    Args:
+      v: The box in units of that support: a number, a traced array or a schedule.
+        The paper takes it from {0.25, 0.5, 1, 2}; smaller regularizes more.
+      fan: ``"out"`` as in the paper, ``"in"``, or ``"avg"`` for their mean.
+      mask: Which leaves are weights. By default what `volumize` was told, and else
+        as in `weight_mask`.
+      dims: What the axes mean, likewise, as in `weight_layers`.
+
+    Returns:
+      A function from parameters to a tree of volumes, ``None`` where a leaf is no
+      weight.
+
+    Raises:
+      ValueError: ``fan`` is none of the three, or ``v`` is negative or NaN.
+
+    References:
+      Ziyin et al., Volumization as a Natural Generalization of Weight Decay, 2020,
+      section 2. Whether its "number of fan-out channels" counts the window it does
+      not say; here it does, as in He et al., 2015.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.he_volume(0.5)({"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)})
+      {'bias': None, 'kernel': 0.5}
+    """
+    fans = {
+        "out": lambda layer: layer.fan_out,
+        "in": lambda layer: layer.fan_in,
+        "avg": lambda layer: (layer.fan_in + layer.fan_out) / 2,
+    }
+    if fan not in list(fans):
+        raise ValueError(f"fan must be one of 'out', 'in' and 'avg', not {fan!r}.")
+    check_volume("v", v)
+
+    def volume(layer: WeightLayer) -> Number:
+        h = fans[fan](layer)
+        if not h:  # a layer without elements has no wall that could matter
+            return math.inf
+        return _lift(lambda v: v * math.sqrt(6 / h), v)
+
+    return VolumeRule(lambda layers: [volume(x) for x in layers], mask, dims)
+
+
+def lipschitz_volume(
+    bound: Number = 1.0, *, mask: Mask = None, dims: Dims = None
+) -> VolumeRule:
+    r"""The volume that bounds the Lipschitz constant of a network.
+
+    .. math::
+      V_l = \frac{c^{1/L}}{\max(a_l, b_l) \sqrt{k_l}}
+
+    for a kernel matrix of :math:`a_l` units and :math:`b_l` inputs (window included)
+    and :math:`k_l` window positions that one input reaches, at most the size of the
+    window. With entries in the box, every layer's largest singular value is at most
+    :math:`c^{1/L}`, hence a chain of these ``L`` layers and 1-Lipschitz activations
+    changes by at most ``c`` times the change of its input, in the Euclidean norm.
+
+    It holds for chains of dense layers and convolutions (any stride, with padding by
+    zeros, or circular padding of images at least as large as the window) up to the
+    rounding of ``V`` to the weights' dtype, and needs ``alpha <= 0`` and, for
+    ``alpha < 0``, the condition on reflections in `volumize`. It says nothing about
+    layers that ``mask`` leaves out, about normalization, attention, or branches that
+    are added.
+
+    Args:
+      bound: Lipschitz constant ``c`` of the whole network, greater than or equal to
+        0: a number, a traced array or a schedule. Stacked layers count one by one.
+      mask: As in `he_volume`.
+      dims: As in `he_volume`.
+
+    Returns:
+      A function from parameters to a tree of volumes, ``None`` where a leaf is no
+      weight.
+
+    Raises:
+      ValueError: ``bound`` is negative or NaN.
+
+    References:
+      Ziyin et al., 2020, Propositions 4.1 and 4.2 (for :math:`c = 1`); the square
+      root of :math:`k_l` is what convolutions need beyond their kernel matrix.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.lipschitz_volume()({"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)})
+      {'bias': None, 'kernel': 0.125}
+    """
+    check_volume("bound", bound)
+
+    def volumes(layers: tuple[WeightLayer, ...]) -> list[Number]:
+        # With dims, two reduction axes may be attention's or a window: assume a window.
+        windows = [
+            max(math.prod(x.shape[a] for a in x.input_axes[:-1]), 1) for x in layers
+        ]
+        stacked = [math.prod(x.shape[a] for a in x.stack_axes) for x in layers]
+        depth = max(sum(stacked), 1)
+
+        def volume(layer: WeightLayer, window: int) -> Number:
+            sides = max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
+            scale = 1 / (sides * math.sqrt(window))
+            return _lift(lambda c: c ** (1 / depth) * scale, bound)
+
+        return list(map(volume, layers, windows))
+
+    return VolumeRule(volumes, mask, dims)
+
+
+def check_volume(name: str, volume: Any) -> None:
+    """Refuses what no box can have, as far as it is known before tracing."""
+    if volume is None or callable(volume):
+        return
+    if not is_real(volume):
+        raise TypeError(
+            f"{name} must be a number, an array or a schedule, not {volume!r}."
+        )
+    if isinstance(volume, Tracer):
+        return
+    if not np.all(np.asarray(volume).astype(np.float64) >= 0):
+        raise ValueError(f"{name} must be at least 0 and not NaN, but is {volume}.")
+
+
+def check_argument(volume: Any) -> None:
+    """Refuses what cannot be a volume, a tree of volumes or a rule."""
+    if jax.tree_util.all_leaves([volume]) and not isinstance(volume, VolumeRule):
+        check_volume("volume", volume)
+    if volume is None:
+        raise TypeError("volume must be a number, a tree or a function, not None.")
+
+
+def volumes_of(
+    caller: str, params: Any, volume: Any, mask: Mask, dims: Dims
+) -> tuple[list[bool], list[Number | None]]:
+    """Which leaves are weights, and each leaf's volume, ``None`` for the others.
+
+    Raises:
+      ValueError: As `resolve`.
+      TypeError: As `resolve`; or a weight is of a dtype that ``caller`` cannot handle.
+    """
+    flags = mask_leaves(params, mask, dims)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), flag in zip(paths, flags, strict=True):
+        if flag and jnp.result_type(leaf) not in SUPPORTED:
+            raise TypeError(
+                f"{caller} cannot handle {show_path(path)} of dtype "
+                f"{jnp.result_type(leaf)}, only "
+                f"{', '.join(jnp.dtype(d).name for d in SUPPORTED)}. Leave it out with "
+                "mask=."
+            )
+    return flags, resolve(volume, params, flags, mask, dims)
+
+
+def resolve(
+    volume: Any, params: Any, flags: list[bool], mask: Mask, dims: Dims
+) -> list[Number | None]:
+    """One volume for every leaf that has a true flag, ``None`` for the others.
+
+    Raises:
+      ValueError: The tree does not match; a weight has no volume, a negative or NaN
+        one, or one of a shape that does not broadcast to the weight's.
+      TypeError: A volume is no number, array or schedule.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    if not paths:
+        return []
+    if isinstance(volume, VolumeRule):
+        tree = volume(params, mask=mask, dims=dims)
+    elif is_function(volume) and not _is_schedule(volume, params):
+        try:
+            tree = volume(params)
+        except Exception as error:
+            error.add_note(
+                "volume was taken for a function of the parameters, since it gives no "
+                "scalar for a step count. Schedules of arrays go into a tree."
+            )
+            raise
+    else:
+        tree = volume
+    found = match("volume", tree, params)
+    volumes: list[Any] = []
+    for (path, leaf), entry, flag in zip(paths, found, flags, strict=True):
+        where = f"volume at {show_path(path)}"
+        if flag and is_hole(entry):
+            raise ValueError(
+                f"{where} is missing, though the leaf (shape {jnp.shape(leaf)}) is a "
+                "weight. Give it a volume, or leave it out with mask=."
+            )
+        if flag:
+            check_volume(where, entry)
+            if not callable(entry):
+                check_shape(where, jnp.shape(entry), jnp.shape(leaf))
+        volumes.append(entry if flag else None)
+    return volumes
+
+
+def _lift(fn: Callable[[Any], Any], number: Number) -> Number:
+    """Applies ``fn`` to a number, or to what a schedule will give."""
+    if callable(number):
+        return lambda count: fn(number(count))
+    return fn(number)
+
+
+def _is_schedule(volume: Callable[[Any], Any], params: Any) -> bool:
+    """Whether a function is one of the step count rather than of the parameters.
+
+    A schedule makes a scalar of a count, and cannot take a tree of parameters. (A
+    bare array it can take, but then it makes an array of it.)
+    """
+
+    def shape_of(argument: Any) -> Any:
+        try:
+            out = jax.eval_shape(volume, argument)
+        except Exception:  # whatever a function says to an argument not meant for it
+            return None
+        return getattr(out, "shape", None)
+
+    if shape_of(jax.ShapeDtypeStruct((), jnp.int32)) != ():
+        return False
+    if not jax.tree_util.all_leaves([params]):
+        try:
+            jax.eval_shape(volume, params)
+        except Exception:
+            return True
+        return False
+    return shape_of(params) != ()

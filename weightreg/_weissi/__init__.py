@@ -1,0 +1,1 @@
+"""WEISSI: a penalty that shifting scale between layers cannot lower."""

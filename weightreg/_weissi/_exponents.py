@@ -1,0 +1,120 @@
+"""The weights that a penalty is made of, and the exponent of each."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from weightreg._core._norms import Axes
+from weightreg._core._numbers import check_scalar
+from weightreg._core._trees import is_function, is_hole, match
+from weightreg._core._weights import (
+    Dims,
+    Mask,
+    WeightLayer,
+    refuse_step_count,
+    weight_layers,
+)
+from weightreg._volumization._reach import compute_dtype
+
+
+def cnn_exponents(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
+    """The exponents of the CNN form: 2 for convolutions and 1 for all other weights.
+
+    A convolution's kernel acts at every position, hence more than that of a dense
+    layer. Scale can then be shifted for free between convolutions only.
+
+    Args:
+      params: Any tree of parameters.
+      mask: As in `weight_mask`.
+      dims: As in `weight_layers`, which also says what counts as a convolution.
+
+    Returns:
+      A tree of numbers, ``None`` for leaves that are no weights. `weissi` and the
+      others take this function itself: ``exponents=wr.cnn_exponents``.
+
+    Raises:
+      ValueError: As in `weight_layers`.
+      TypeError: ``params`` is a step count (see `weight_mask`).
+
+    References:
+      Liu, Cui, Chan, 2020, section 5, "CNNs".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.cnn_exponents({"conv": jnp.ones((3, 3, 1, 8)), "out": jnp.ones((8, 2))})
+      {'conv': 2, 'out': 1}
+    """
+    refuse_step_count("exponents", params)
+    leaves: list[int | None] = [None] * len(jax.tree.leaves(params))
+    for layer in weight_layers(params, mask=mask, dims=dims):
+        leaves[layer.index] = 2 if layer.convolves else 1
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+class Weights(NamedTuple):
+    """The weights of a tree, in the order of `weight_layers`, and their exponents."""
+
+    layers: tuple[WeightLayer, ...]
+    leaves: list[Any]
+    powers: list[jax.Array]
+
+    @classmethod
+    def of(cls, params: Any, exponents: Any, mask: Mask, dims: Dims) -> "Weights":
+        layers = weight_layers(params, mask=mask, dims=dims)
+        leaves = jax.tree.leaves(params)
+        powers = _powers(exponents, params, layers, mask, dims)
+        return cls(layers, [leaves[layer.index] for layer in layers], powers)
+
+    def arrays(self) -> list[jax.Array]:
+        """The weights as arrays, which shapes alone, in ``init``, are not."""
+        return [jnp.asarray(leaf) for leaf in self.leaves]
+
+    def indices(self) -> list[int]:
+        """Positions in ``jax.tree.leaves(params)``."""
+        return [layer.index for layer in self.layers]
+
+    def tree(self, params: Any, values: list[Any]) -> Any:
+        """A tree like ``params``, with a value for every weight and holes elsewhere."""
+        leaves: list[Any] = [optax.MaskedNode()] * len(jax.tree.leaves(params))
+        for index, value in zip(self.indices(), values, strict=True):
+            leaves[index] = value
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    def pick(self, params: Any, tree: Any) -> list[Any]:
+        """The values of such a tree."""
+        leaves = jax.tree.structure(params).flatten_up_to(tree)
+        return [leaves[index] for index in self.indices()]
+
+    def axes(self) -> tuple[Axes, ...]:
+        """The roles of their axes."""
+        return tuple(Axes.of(layer) for layer in self.layers)
+
+
+def _powers(
+    exponents: Any,
+    params: Any,
+    layers: tuple[WeightLayer, ...],
+    mask: Mask,
+    dims: Dims,
+) -> list[Any]:
+    """The exponent of every weight, checked."""
+    if exponents is cnn_exponents:
+        tree = cnn_exponents(params, mask=mask, dims=dims)
+    else:
+        tree = exponents(params) if is_function(exponents) else exponents
+    found = match("exponents", tree, params)
+    leaves = jax.tree.leaves(params)
+    for layer in layers:
+        power = found[layer.index]
+        where = f"exponents at {layer.path}"
+        if is_hole(power):
+            raise TypeError(f"{where} must be a number: the leaf is to be penalized.")
+        check_scalar(where, power, 0, math.inf)
+    return [
+        jnp.asarray(found[x.index], compute_dtype(jnp.result_type(leaves[x.index])))
+        for x in layers
+    ]

@@ -1,0 +1,246 @@
+"""Parseval networks: weights kept near orthonormal, and branches added convexly."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
+
+from weightreg._core._mesh import placed
+from weightreg._core._numbers import Number, at, check_scalar, floats, is_real
+from weightreg._core._trees import leaves_like
+from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
+from weightreg._volumization._reach import SUPPORTED, compute_dtype
+
+
+class ParsevalState(NamedTuple):
+    """State of `parseval`.
+
+    Attributes:
+      count: Steps taken, for schedules; int32 scalar.
+    """
+
+    count: jax.typing.ArrayLike
+
+
+def parseval(
+    beta: Number, *, mask: Mask = None, dims: Dims = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Moves every weight a little towards orthonormal rows after each step.
+
+    With :math:`\hat W = W + U` the weight that the updates propose, one row a unit,
+
+    .. math::
+      W \leftarrow (1 + \beta) \hat W - \beta \hat W \hat W^\top \hat W .
+
+    This is a step of gradient descent on
+    :math:`\frac \beta 4 \|W W^\top - I\|_F^2`. It keeps the singular vectors of
+    :math:`\hat W` and maps each singular value ``s`` to :math:`s + \beta s (1 - s^2)`,
+    of which 0 and 1 are the fixed points. Alone, for :math:`0 < \beta \le 1`, it takes
+    every
+
+    .. math::
+      0 < s < \sqrt{1 + 2 / \beta}
+
+    to 1 (but for single values that hit 0 on the way, such as
+    :math:`\sqrt{1 + 1 / \beta}`), in the end by the factor :math:`|1 - 2 \beta|` a
+    step: to orthonormal rows, or to orthonormal columns where there are more units
+    than inputs. A singular value of 0 stays 0 but for rounding, the bound itself only
+    changes its sign, and beyond it weights grow until they are infinite. Up to
+    :math:`\beta = 1/2` no ``s < 1`` overshoots.
+
+    A kernel is taken as the matrix of all its input axes, window included, by all its
+    output axes; stacked layers are stepped each on its own. For a convolution it is
+    this matrix that becomes orthonormal; the norm of the convolution itself may be
+    larger, by the root of the number of window positions that one input reaches.
+
+    .. warning::
+      It must be the last link of a chain, since updates that a later link changes do
+      not do this step. Inside of ``jax.shard_map`` each weight must be there as a
+      whole.
+
+    Args:
+      beta: 0 or more: a number, a schedule or a traced scalar, which is not checked.
+        Cisse et al. use 1e-4. A change that small is lost in the rounding of weights
+        of 16 bits.
+      mask: Which leaves to change: a tree of booleans, or a function of the
+        parameters that makes one. By default all weights, as `weight_mask` says. The
+        output layer is usually left out; Cisse et al. give it weight decay instead.
+      dims: What the axes of the weights mean: see `weight_layers`.
+
+    Returns:
+      A transformation that needs ``params``. Updates keep their dtype; arithmetic is
+      in float32 at least.
+
+    Raises:
+      ValueError: On construction or in ``init``: ``beta`` negative, infinite or NaN,
+        ``mask`` or ``dims`` that do not match, a masked leaf with fewer than two axes.
+        In ``update``: ``params`` not passed, or updates of another structure or
+        shape.
+      TypeError: ``beta`` is no scalar, or a masked leaf no floating-point array of 16,
+        32 or 64 bits.
+
+    References:
+      Cisse, Bojanowski, Grave, Dauphin, Usunier, `Parseval Networks
+      <https://arxiv.org/abs/1704.08847>`_, 2017, Algorithm 1, there on a random subset
+      of the rows; here on all of them, as in Liu et al., WEISSI, 2020, section 6.1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import weightreg as wr
+      >>> tx = optax.chain(optax.sgd(0.1), wr.parseval(0.5))
+      >>> params = {"kernel": jnp.array([[0.5, 0.0], [0.0, 2.0]]), "bias": jnp.ones(2)}
+      >>> grads = {"kernel": jnp.zeros((2, 2)), "bias": jnp.ones(2)}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"]  # s + 0.5 s (1 - s^2)
+      Array([[ 0.6875,  0.    ],
+             [ 0.    , -1.    ]], dtype=float32)
+    """
+    if not callable(beta):
+        check_scalar("beta", beta, 0, math.inf, "a scalar or a schedule")
+
+    def init_fn(params):
+        _layers(params, mask, dims)
+        return ParsevalState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        layers = _layers(params, mask, dims)
+        leaves, treedef = jax.tree.flatten(params)
+        wanted = [layer.index for layer in layers]
+        flat = leaves_like("updates", updates, params, wanted)
+        now = at("beta", beta, state.count, ())
+        for i, layer in zip(wanted, layers, strict=True):
+            p, u = jnp.asarray(leaves[i]), jnp.asarray(flat[i])
+            flat[i] = _step(p, u, now, *_gram_axes(layer))
+        count = optax.safe_increment(state.count)
+        return jax.tree.unflatten(treedef, flat), ParsevalState(count=count)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def convex_sum(h: ArrayLike, residual: ArrayLike, logits: ArrayLike) -> jax.Array:
+    r"""Adds a residual branch convexly.
+
+    .. math::
+      a h + (1 - a) r, \qquad a = \mathrm{softmax}(l)_1
+
+    Where both branches are ``c``-Lipschitz so is the result, whatever the logits; a
+    plain sum is not. ``weightreg.linen.ConvexSum`` and ``weightreg.nnx.ConvexSum``
+    learn the logits.
+
+    Args:
+      h: One branch :math:`h`, usually the identity; any shape, a floating dtype.
+      residual: The other branch :math:`r`, of the same shape.
+      logits: :math:`l`, two numbers of a floating dtype; only their difference
+        matters.
+
+    Returns:
+      The sum, of the shape of ``h`` and the dtype to which ``h`` and ``residual``
+      promote: that of ``h`` where they have the same. The dtype of ``logits`` has no
+      part in it. Arithmetic is in float32 at least.
+
+    Raises:
+      TypeError: An argument is no floating-point array.
+      ValueError: ``residual`` has not the shape of ``h``, or ``logits`` not ``(2,)``.
+
+    References:
+      Liu et al., WEISSI, 2020, eq. 19; Cisse et al., `Parseval Networks
+      <https://arxiv.org/abs/1704.08847>`_, 2017.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> h, residual = jnp.array([4.0, 0.0]), jnp.array([0.0, 2.0])
+      >>> wr.convex_sum(h, residual, jnp.zeros(2))
+      Array([2., 1.], dtype=float32)
+    """
+    h, residual = floats("h", h), floats("residual", residual)
+    logits = floats("logits", logits)
+    if residual.shape != h.shape:
+        raise ValueError(
+            f"residual must have the shape of h, {h.shape}, but has {residual.shape}."
+        )
+    if logits.shape != (2,):
+        raise ValueError(
+            f"logits must have shape (2,), one number a branch, but has {logits.shape}."
+        )
+    out = jnp.promote_types(h.dtype, residual.dtype)
+    dtype = compute_dtype(out)
+    a, b = jax.nn.softmax(logits.astype(compute_dtype(dtype, logits.dtype)))
+    a, b = a.astype(dtype), b.astype(dtype)
+    return (a * h.astype(dtype) + b * residual.astype(dtype)).astype(out)
+
+
+def initial_logits(initial: Any, dtype: DTypeLike) -> jax.Array:
+    """The logits of mean 0 at which `convex_sum` gives ``h`` the weight ``initial``."""
+    if not is_real(initial) or np.shape(initial) != ():
+        raise TypeError(f"initial must be a number, not {initial!r}.")
+    if isinstance(initial, Tracer):
+        wide = jnp.asarray(initial, compute_dtype(dtype))
+        half = 0.5 * (jnp.log(wide) - jnp.log1p(-wide))
+    elif 0 < initial < 1:
+        wide = np.float64(initial)  # float32 would take 1 - 1e-9 for 1
+        half = 0.5 * (np.log(wide) - np.log1p(-wide))
+    else:
+        raise ValueError(f"initial must be between 0 and 1, but is {initial}.")
+    return jnp.asarray(jnp.stack([half, 0 - half]), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))  # traced once for all of one shape
+def _step(p, u, beta, kept: tuple[int, ...], stacked: tuple[int, ...]):
+    """One weight's update."""
+    dtype = compute_dtype(p.dtype, u.dtype)
+    wide = u.astype(dtype)
+    w = p.astype(dtype) + wide
+    excess = w - _cubed(w, kept, stacked)
+    beta = jnp.asarray(beta, dtype)
+    # An infinite weight, or one whose cube is, is none of the business of beta = 0.
+    excess = jnp.where((beta == 0) & ~jnp.isfinite(excess), 0, excess)
+    return (wide + beta * excess).astype(u.dtype)
+
+
+def _cubed(w: jax.Array, kept: tuple[int, ...], stacked: tuple[int, ...]) -> jax.Array:
+    """``W W^T W`` of the matrix of ``kept`` axes by the others that are not stacked.
+
+    It is its own transpose's, so that which side are the rows does not matter. By
+    einsum rather than of a reshaped matrix, since no sharding survives a reshape.
+    """
+    axes = list(range(w.ndim))
+    copy = [a + w.ndim if a in kept else a for a in axes]
+    pairs = [*stacked, *kept, *(a + w.ndim for a in kept)]
+    whole, split = placed(w, pairs, stacked), placed(w, axes, None)
+    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    gram = einsum(w, axes, w, copy, pairs, out_sharding=whole)
+    return einsum(gram, pairs, w, copy, axes, out_sharding=split)
+
+
+def _gram_axes(layer: WeightLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of the smaller side, of which the Gram matrix is made; the stacked."""
+    sides = (layer.output_axes, layer.input_axes)
+    kept = min(sides, key=lambda axes: math.prod(layer.shape[a] for a in axes))
+    return kept, layer.stack_axes
+
+
+def _layers(params: Any, mask: Mask, dims: Dims) -> tuple[WeightLayer, ...]:
+    leaves = jax.tree.leaves(params)
+    layers = weight_layers(params, mask=mask, dims=dims)
+    for layer in layers:
+        dtype = jnp.result_type(leaves[layer.index])
+        if dtype not in SUPPORTED:
+            raise TypeError(
+                f"parseval cannot handle {layer.path} of dtype {dtype}, only "
+                f"{', '.join(jnp.dtype(d).name for d in SUPPORTED)}. Leave it out with "
+                "mask=."
+            )
+    return layers

@@ -1,0 +1,384 @@
+"""Equivalent networks: scale that is shifted between layers."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from weightreg._core._chain import (
+    Chain,
+    LayerOrder,
+    chain_norms,
+    chain_of,
+    stack_of,
+)
+from weightreg._core._numbers import is_real
+from weightreg._core._scaled import (
+    Scaled,
+    cumulative_product,
+    normalize,
+    or_one,
+    split,
+    times_power,
+)
+from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
+
+_FROBENIUS = (2.0, 2.0)
+
+
+def shift_scales(
+    params: Any,
+    factors: Sequence[Any] | jax.typing.ArrayLike,
+    layers: LayerOrder = None,
+    *,
+    mask: Mask = None,
+    dims: Dims = None,
+) -> Any:
+    r"""Shifts scale between layers, which keeps the function of the network.
+
+    .. math::
+      W_l \leftarrow \gamma_l W_l, \qquad
+      b_l \leftarrow \gamma_1 \cdots \gamma_l \, b_l, \qquad
+      \prod_l \gamma_l = 1, \quad \gamma_l > 0
+
+    The function is the same, but for rounding, where the layers are a chain and all
+    that is between them is positively homogeneous, :math:`\phi(a h) = a \phi(h)`:
+    ReLU and leaky ReLU, the identity, max and average pooling, flattening.
+    Normalization, other activations and branches that are added are not of this kind.
+
+    Args:
+      params: Any tree of parameters.
+      factors: One :math:`\gamma_l` a layer, a sequence or an array ``(layers,)``; may
+        be traced, and is then not checked. A leaf that stacks layers (``nn.scan``) has
+        one entry: a number for each of them, or an array of the stack's shape.
+      layers: The layers in the order in which the network calls them: `WeightLayer`
+        objects, or strings for the path of a weight (``"['Dense_0']['kernel']"`` or
+        ``"Dense_0/kernel"``) or of its module (``"Dense_0"``). ``None`` means all
+        weights in the order of `weight_layers`, which goes by names (``Dense_2``,
+        ``Dense_10``, but also ``hidden``, ``input``, ``output``), and then nothing else
+        may be there.
+        Leaves that are not named, nor are the ``bias`` beside a weight that is, stay
+        as they are: what is named must be a stretch of the chain without gaps.
+      mask: Which leaves are weights, as in `weight_mask`.
+      dims: What their axes mean, as in `weight_layers`. Stacked layers need it; their
+        axes must be the leading ones, and they count in order.
+
+    Returns:
+      The parameters of the equivalent network, of the same structure and dtypes.
+      Products are formed in float32 at least and rounded once, and are infinite or 0
+      only where they are out of range themselves.
+
+    Raises:
+      ValueError: A factor is not positive and finite, or of another shape; there is
+        not one a layer; their product is not 1 within the rounding of factors, or of
+        their logarithms, to float32; a name in ``layers`` stands for none or several
+        of the weights, or a layer is there twice; stack axes are not the leading ones;
+        a bias does not have its layer's units; or ``layers`` is ``None`` and some
+        floating leaf is neither a weight nor a ``bias`` beside one, or there are biases
+        and the layers do not fit together in the order of their names.
+      TypeError: ``factors`` or ``layers`` are of another type.
+
+    References:
+      Liu, Cui, Chan, Improve Generalization and Robustness of Neural Networks via
+      Weight Scale Shifting Invariant Regularizations, 2020, eq. 5; there without
+      saying what becomes of biases.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> params = {
+      ...     "Dense_0": {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)},
+      ...     "Dense_1": {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)},
+      ... }
+      >>> shifted = wr.shift_scales(params, [4.0, 0.25])
+      >>> shifted["Dense_0"]
+      {'bias': Array([4., 4.], dtype=float32),
+       'kernel': Array([[4., 4.]], dtype=float32)}
+      >>> shifted["Dense_1"]
+      {'bias': Array([1.], dtype=float32),
+       'kernel': Array([[0.25],
+              [0.25]], dtype=float32)}
+    """
+    chain = chain_of(params, layers, mask, dims)
+    entries = _entries(factors, chain.layers)
+    if not entries:
+        return params
+    return _rescale(params, chain, _scaled(entries, chain))
+
+
+def balance_scales(
+    params: Any,
+    layers: LayerOrder = None,
+    *,
+    mask: Mask = None,
+    dims: Dims = None,
+) -> Any:
+    r"""The equivalent network whose weight decay is lowest: all norms are equal.
+
+    `shift_scales` with
+
+    .. math::
+      \gamma_l = \Big( \prod_k \|W_k\|_F \Big)^{1/L} \Big/ \|W_l\|_F
+
+    which takes :math:`\sum_l \|W_l\|_F^2` to its minimum over all shifts,
+    `minimum_weight_decay`, and every norm to :math:`(\prod_k \|W_k\|_F)^{1/L}`.
+
+    With a layer of zeros no shift attains that minimum, which is 0: the parameters are
+    returned as they are.
+
+    Args:
+      params: Any tree of parameters.
+      layers: As in `shift_scales`. Only the layers named are balanced.
+      mask: As in `shift_scales`.
+      dims: As in `shift_scales`. Stacked layers are balanced one by one.
+
+    Returns:
+      The parameters of the equivalent network, of the same structure and dtypes.
+
+    Raises:
+      ValueError: As in `shift_scales`, but for factors.
+      TypeError: As in `shift_scales`.
+
+    References:
+      Liu, Cui, Chan, 2020, eq. 10 and appendix A.1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> params = {"a": jnp.array([[8.0]]), "b": jnp.array([[2.0]])}
+      >>> wr.balance_scales(params)
+      {'a': Array([[4.]], dtype=float32), 'b': Array([[4.]], dtype=float32)}
+    """
+    chain = chain_of(params, layers, mask, dims)
+    if not chain.layers:
+        return params
+    norms = chain_norms(params, chain.layers, _FROBENIUS)
+    return _rescale(params, chain, _balancing_factors(norms))
+
+
+def minimum_weight_decay(
+    params: Any, *, mask: Mask = None, dims: Dims = None
+) -> jax.Array:
+    r"""The lowest weight decay of any network that shifts of scale make of this one.
+
+    .. math::
+      \min_{\prod_l \gamma_l = 1} \sum_{l=1}^L \|\gamma_l W_l\|_F^2
+        = L \Big( \prod_{l=1}^L \|W_l\|_F^2 \Big)^{1/L}
+
+    where weight decay is :math:`\sum_l \|W_l\|_F^2`, without a factor of one half and
+    without biases. `balance_scales` gives the network that has it. The order of layers
+    does not matter, and what else is in ``params`` does not either.
+
+    Args:
+      params: Any tree of parameters.
+      mask: Which leaves are weights, as in `weight_mask`.
+      dims: What their axes mean, as in `weight_layers`; only stacked layers, which
+        count one by one, depend on it.
+
+    Returns:
+      A scalar that can be differentiated, in float32 at least. It and its derivative
+      are right where it is in range, however far out of it the product of norms is. It
+      is 0 without weights, and with a layer of zeros, where its derivative, which has
+      no value for two layers or more, is taken for 0.
+
+    Raises:
+      ValueError: As in `weight_layers`.
+      TypeError: As in `weight_mask`.
+
+    References:
+      Liu, Cui, Chan, 2020, eq. 9 and appendix A.1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> params = {"a": jnp.array([[8.0]]), "b": jnp.array([[2.0]])}
+      >>> print(wr.minimum_weight_decay(params))  # 4^2 + 4^2, now 8^2 + 2^2
+      32.0
+    """
+    layers = weight_layers(params, mask=mask, dims=dims)
+    if not layers:
+        return jnp.zeros([], jnp.float32)
+    norms = chain_norms(params, layers, _FROBENIUS)
+    return _minimum(norms)
+
+
+@jax.jit
+def _minimum(norms: Scaled) -> jax.Array:
+    mean = _geometric_mean(norms)
+    value = times_power(norms.fraction.size * mean.fraction**2, 2 * mean.exponent)
+    return jnp.where(jnp.any(norms.fraction == 0), 0, value)
+
+
+@jax.jit
+def _balancing_factors(norms: Scaled) -> Scaled:
+    """The factors that make norms equal, or ones where a norm is 0."""
+    mean = _geometric_mean(norms)
+    zero = jnp.any(norms.fraction == 0)
+    fraction = jnp.where(zero, 0.5, mean.fraction / or_one(norms.fraction))
+    exponent = jnp.where(zero, 1, mean.exponent - norms.exponent)
+    # The mean is rounded once, the same way in a thousand factors: the last one makes
+    # up for what their product is off 1.
+    product = cumulative_product(Scaled(fraction, exponent))
+    return Scaled(
+        fraction.at[-1].divide(product.fraction[-1]),
+        exponent.at[-1].add(-product.exponent[-1]),
+    )
+
+
+def _geometric_mean(norms: Scaled) -> Scaled:
+    """The geometric mean of numbers, zeros taken for ones of their fractions.
+
+    Exponents are summed as integers: one float32 would lose digits of a mean of 1e30.
+    """
+    count = max(norms.fraction.size, 1)
+    total = jnp.sum(norms.exponent, dtype=jnp.int32)
+    whole = total // count
+    rest = (total - whole * count).astype(norms.fraction.dtype)
+    logs = jnp.log2(or_one(norms.fraction))
+    return Scaled(jnp.exp2((rest + jnp.sum(logs)) / count), whole)
+
+
+def _rescale(params: Any, chain: Chain, factors: Scaled) -> Any:
+    """Multiplies weights by their factors, and biases by the products up to theirs."""
+    leaves, treedef = jax.tree.flatten(params)
+    own, until = _steps(factors, chain.dtype)
+    first = 0
+    for layer, bias in zip(chain.layers, chain.biases, strict=True):
+        stack = stack_of(layer)
+        weight = jnp.asarray(leaves[layer.index])
+        leaves[layer.index] = _times(weight, own, first, stack)
+        if bias is not None:
+            leaves[bias] = _times(jnp.asarray(leaves[bias]), until, first, stack)
+        first += math.prod(stack)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _steps(factors: Scaled, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Each factor, and each product up to it, as three to be applied one by one.
+
+    All three are at least 1, or all at most 1: what they are applied to leaves the
+    range of the dtype only if the result does. The shape is ``(3, layers)``.
+    """
+    factors = normalize(Scaled(factors.fraction.astype(dtype), factors.exponent))
+    # Past this limit all but zeros is out of range: no step may be infinite.
+    limit = 2 * (jnp.finfo(dtype).maxexp - 2)
+
+    def steps(x: Scaled) -> jax.Array:
+        up = x.exponent > 0
+        fraction = jnp.where(up, 2 * x.fraction, x.fraction)
+        power = jnp.clip(x.exponent - up.astype(jnp.int32), -limit, limit)
+        half = power // 2
+        one = jnp.ones_like(fraction)
+        halves = jnp.ldexp(one, half), jnp.ldexp(one, power - half)
+        return jnp.stack([fraction, *halves])
+
+    # Else XLA computes them anew in the code of every leaf.
+    return lax.optimization_barrier(
+        (steps(factors), steps(cumulative_product(factors)))
+    )
+
+
+@functools.partial(jax.jit, static_argnums=3)  # traced once for all of one shape
+def _times(
+    x: jax.Array, steps: jax.Array, first: int, stack: tuple[int, ...]
+) -> jax.Array:
+    """A leaf times its own factors, those from ``first`` on, one for each layer."""
+    own = lax.dynamic_slice_in_dim(steps, first, math.prod(stack), axis=1)
+    own = own.reshape(len(steps), *stack, *(1,) * (x.ndim - len(stack)))
+    wide = x.astype(steps.dtype)
+    for step in own:
+        wide *= step
+    return wide.astype(x.dtype)
+
+
+def _entries(factors: Any, layers: tuple[WeightLayer, ...]) -> list[Any]:
+    """One factor a layer, each a number or an array of a stack's shape; checked."""
+    if isinstance(factors, np.ndarray | jax.Array):
+        if factors.ndim != 1:
+            raise ValueError(
+                f"factors must have shape ({len(layers)},), not {factors.shape}."
+            )
+        factors = factors if isinstance(factors, Tracer) else np.asarray(factors)
+    elif isinstance(factors, str) or not isinstance(factors, Sequence):
+        raise TypeError(
+            f"factors must be a sequence of numbers or an array, not {factors!r}."
+        )
+    entries = list(factors)
+    if len(entries) != len(layers):
+        raise ValueError(
+            f"factors must have one entry for each of {len(layers)} layers, but has "
+            f"{len(entries)}. The layers: "
+            f"{', '.join(layer.path for layer in layers) or 'none'}."
+        )
+    for entry, layer in zip(entries, layers, strict=True):
+        _check_factor(entry, layer)
+    if not any(isinstance(entry, Tracer) for entry in entries):
+        _check_product(entries, layers)
+    return entries
+
+
+def _check_factor(factor: Any, layer: WeightLayer) -> None:
+    if not is_real(factor):
+        raise TypeError(f"factors must be numbers, but is {factor!r} for {layer.path}.")
+    stack = stack_of(layer)
+    if jnp.shape(factor) not in ((), stack):
+        raise ValueError(
+            f"factors has an entry of shape {jnp.shape(factor)} for {layer.path}: "
+            f"expected a number{f' or shape {stack}' if stack else ''}."
+        )
+    if isinstance(factor, Tracer):
+        return
+    known = np.asarray(factor, np.float64)
+    if not np.all((known > 0) & (known < np.inf)):
+        raise ValueError(
+            f"factors must be positive and finite, but is {factor} for {layer.path}."
+        )
+
+
+def _check_product(factors: list[Any], layers: tuple[WeightLayer, ...]) -> None:
+    """Refuses factors whose product is not 1, though it could be in their dtype."""
+    logs = np.log(_known(factors, layers))
+    # Python's floats may come from float32 ones, so that no dtype is taken for finer.
+    eps = max(
+        [float(np.finfo(np.float32).eps)]
+        + [
+            float(jnp.finfo(factor.dtype).eps)
+            for factor in factors
+            if jnp.issubdtype(getattr(factor, "dtype", np.int32), jnp.floating)
+        ]
+    )
+    # Both a factor and its logarithm, of which users make factors, may be rounded.
+    if abs(logs.sum()) > 4 * eps * (1 + np.abs(logs)).sum():
+        raise ValueError(
+            "factors must have the product 1, or the function of the network changes; "
+            f"the logarithm of theirs is {logs.sum():.6g}."
+        )
+
+
+def _known(factors: list[Any], layers: tuple[WeightLayer, ...]) -> np.ndarray:
+    """The factors of all layers as one vector, stacked ones one by one."""
+    parts = [
+        np.broadcast_to(np.asarray(factor, np.float64), stack_of(layer)).reshape(-1)
+        for factor, layer in zip(factors, layers, strict=True)
+    ]
+    return np.concatenate([np.zeros(0), *parts])
+
+
+def _scaled(factors: list[Any], chain: Chain) -> Scaled:
+    """The factors of all layers as fractions and powers of two."""
+    if not any(isinstance(factor, Tracer) for factor in factors):
+        # By NumPy, since without x64 JAX has no factors past float32's range.
+        fraction, exponent = np.frexp(_known(factors, chain.layers))
+        return Scaled(jnp.asarray(fraction, chain.dtype), jnp.asarray(exponent))
+    parts = [
+        jnp.broadcast_to(jnp.asarray(factor, chain.dtype), stack_of(layer)).reshape(-1)
+        for factor, layer in zip(factors, chain.layers, strict=True)
+    ]
+    return split(jnp.concatenate(parts), chain.dtype)

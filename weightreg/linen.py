@@ -1,0 +1,223 @@
+"""Modules for Flax's linen: ``import weightreg.linen``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Dtype
+from jax.typing import ArrayLike
+
+from weightreg._core._numbers import is_real
+from weightreg._core._packed_weight import is_packed
+from weightreg._equivalent_norm._equivalent_norm import (
+    NormMap,
+    check_wrapped,
+    equivalent_norm,
+)
+from weightreg._quantization._pack import unpack
+from weightreg._weissi._parseval import convex_sum, initial_logits
+
+
+class ConvexSum(nn.Module):
+    r"""Adds a residual branch convexly, with a balance that is learnt.
+
+    .. math::
+      a h + (1 - a) r, \qquad a = \mathrm{softmax}(l)_1
+
+    as `weightreg.convex_sum`, with the parameter ``convex_logits`` for :math:`l`, two
+    numbers, which `weightreg.weight_mask` never takes for a weight.
+
+    Attributes:
+      initial: ``a`` at the start, between 0 and 1.
+      dtype: Dtype of the result; by default what ``h``, ``residual`` and the
+        parameter promote to, as in Flax's layers.
+      param_dtype: Dtype of the parameter.
+
+    Raises:
+      TypeError: On the first call, ``initial`` is no number.
+      ValueError: ``initial`` is not between 0 and 1; or ``h`` and ``residual`` differ
+        in shape.
+
+    References:
+      Liu et al., WEISSI, 2020, eq. 19.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import weightreg.linen
+      >>> layer = weightreg.linen.ConvexSum()
+      >>> h, residual = jnp.array([4.0, 0.0]), jnp.array([0.0, 2.0])
+      >>> params = layer.init(jax.random.key(0), h, residual)
+      >>> params
+      {'params': {'convex_logits': Array([0., 0.], dtype=float32)}}
+      >>> layer.apply(params, h, residual)
+      Array([2., 1.], dtype=float32)
+    """
+
+    initial: float = 0.5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: ArrayLike, residual: ArrayLike) -> jax.Array:
+        """The sum of two branches of one shape; the weight of ``h`` is ``a``."""
+        logits = self.param(
+            "convex_logits", lambda _: initial_logits(self.initial, self.param_dtype)
+        )
+        dtype = canonicalize_dtype(h, residual, logits, dtype=self.dtype)
+        # Not the logits, which in 16 bits would round to a few balances.
+        return convex_sum(jnp.asarray(h, dtype), jnp.asarray(residual, dtype), logits)
+
+
+class EquivalentNorm(nn.Module):
+    r"""Runs a module on weights that `weightreg.equivalent_norm` maps to one norm.
+
+    The map is part of the forward pass, so that gradients flow through it to the
+    weights that are stored. Those are the module's, initialized as without the map,
+    under ``module`` (or, as ever in Flax, where it was made, if that was inside of
+    another module); a learnt alpha adds the parameter ``log_alpha``. While it is
+    initialized the module runs on its weights as they are. Only ``__call__`` is
+    wrapped: for another method, apply ``module`` to what ``fold`` returns.
+
+    Attributes:
+      module: A layer or a whole network.
+      norm: What `weightreg.equivalent_norm` returns. Its ``mask`` and ``dims`` are
+        those of the module's parameters.
+
+    Raises:
+      TypeError: ``module`` or ``norm`` is something else.
+      ValueError: As the map does, on a call.
+
+    References:
+      Li, Chen, Yang, Generalization Bound Regularizer, eqs. 19 to 23.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import weightreg.linen
+      >>> layer = weightreg.linen.EquivalentNorm(nn.Dense(3))
+      >>> x = jnp.ones((1, 4))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'module': {'bias': (3,), 'kernel': (4, 3)}}}
+      >>> folded = layer.fold(variables)
+      >>> jax.tree.map(jnp.shape, folded)
+      {'params': {'bias': (3,), 'kernel': (4, 3)}}
+      >>> bool(jnp.all(nn.Dense(3).apply(folded, x) == layer.apply(variables, x)))
+      True
+    """
+
+    module: nn.Module
+    norm: NormMap = equivalent_norm()
+
+    def __post_init__(self):
+        """Refuses what cannot be wrapped."""
+        check_wrapped(self.module, nn.Module, self.norm)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module on the mapped weights."""
+        log_alpha = None
+        if self.norm.learn:
+            log_alpha = self.param("log_alpha", lambda _: self.norm.initial_log_alpha())
+        if self.is_initializing():
+            return self.module(*args, **kwargs)
+
+        def to_effective(variables):
+            return {"params": self.norm.apply(variables.get("params", {}), log_alpha)}
+
+        call = nn.map_variables(
+            lambda module: module(*args, **kwargs), "params", trans_in_fn=to_effective
+        )
+        return call(self.module)
+
+    def fold(self, variables: Any) -> Any:
+        """The variables with which ``module`` by itself does what this one does.
+
+        Args:
+          variables: All of this module's, when it is the outermost one: parameters,
+            and batch statistics if there are.
+
+        Raises:
+          ValueError: They are not this module's.
+        """
+        if "module" not in variables.get("params", {}):
+            raise ValueError(
+                "variables must be all that init returned, with the parameters under "
+                f"['params']['module'], but have {list(variables)}."
+            )
+        log_alpha = variables["params"]["log_alpha"] if self.norm.learn else None
+        trees = variables.items()
+        plain = {kind: tree["module"] for kind, tree in trees if "module" in tree}
+        return plain | {"params": self.norm.apply(plain["params"], log_alpha)}
+
+
+def unpack_layers(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Lets a network run on what `weightreg.pack` made of it, layer by layer.
+
+    An interceptor for ``flax.linen.intercept_methods``: every layer's weights are
+    unpacked when its inputs are known, so that inside of ``jax.jit`` the call holds the
+    weights of one layer at a time. The result is that of
+    ``model.apply({"params": weightreg.unpack(packed)}, x)``.
+
+    It is for inference: parameters are read only. Layers of ``nn.scan``, along axis 0
+    of the parameters, have to be packed with ``dims``, so that each has bits of its
+    own. Layers that make their parameters in ``setup``, as ``nn.Embed`` does, read them
+    before there is an input, and ``nn.WeightNorm`` reads those of another layer: leave
+    them out with the ``mask`` of `weightreg.pack`, or unpack them before.
+    ``capture_intermediates`` finds every packed layer twice.
+
+    Raises:
+      ValueError: A layer makes packed parameters in ``setup``.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> import weightreg.linen
+      >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
+      >>> x = jnp.ones((1, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> @jax.jit
+      ... def run(packed, x):
+      ...     with nn.intercept_methods(weightreg.linen.unpack_layers):
+      ...         return model.apply({"params": packed}, x)
+      >>> run(wr.pack(params, 0.5, "binary"), x).shape
+      (1, 2)
+    """
+    own = context.module.variables.get("params", {})
+    packed = [name for name, value in own.items() if is_packed(value)]
+    # Functions that lifted transformations call have no names among the methods.
+    if not packed or not hasattr(context.module, context.method_name):
+        return next_fun(*args, **kwargs)
+    if context.method_name == "setup":
+        path = "/".join(context.module.path)
+        raise ValueError(
+            f"{type(context.module).__name__} at {path!r} makes packed parameters "
+            f"({', '.join(packed)}) in setup, before its input is known: leave them "
+            "out with the mask of weightreg.pack, or unpack them before."
+        )
+    inputs = [x for x in jax.tree.leaves((args, kwargs)) if is_real(x)]
+
+    def unpacked(variables):
+        tree = variables.get("params", {})
+        known = {name: unpack(tree[name], after=inputs) for name in packed}
+        return {"params": {**tree, **known}}
+
+    call = nn.map_variables(
+        lambda module: getattr(module, context.method_name)(*args, **kwargs),
+        "params",
+        trans_in_fn=unpacked,
+    )
+    return call(context.module)

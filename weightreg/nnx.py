@@ -1,0 +1,134 @@
+"""Modules for Flax's nnx: ``import weightreg.nnx``."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import canonicalize_dtype
+from flax.typing import Dtype
+from jax.typing import ArrayLike
+
+from weightreg._equivalent_norm._equivalent_norm import (
+    NormMap,
+    check_wrapped,
+    equivalent_norm,
+)
+from weightreg._weissi._parseval import convex_sum, initial_logits
+
+
+class ConvexSum(nnx.Module):
+    r"""Adds a residual branch convexly, with a balance that is learnt.
+
+    .. math::
+      a h + (1 - a) r, \qquad a = \mathrm{softmax}(l)_1
+
+    as `weightreg.convex_sum`, with the parameter ``convex_logits`` for :math:`l`, two
+    numbers, which `weightreg.weight_mask` never takes for a weight.
+
+    Args:
+      initial: ``a`` at the start, between 0 and 1.
+      dtype: Dtype of the result; by default what ``h``, ``residual`` and the
+        parameter promote to, as in Flax's layers.
+      param_dtype: Dtype of the parameter.
+
+    Raises:
+      TypeError: ``initial`` is no number.
+      ValueError: ``initial`` is not between 0 and 1; or on a call, ``h`` and
+        ``residual`` differ in shape.
+
+    References:
+      Liu et al., WEISSI, 2020, eq. 19.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg.nnx
+      >>> layer = weightreg.nnx.ConvexSum()  # nothing is random: it takes no rngs
+      >>> layer.convex_logits[...]
+      Array([0., 0.], dtype=float32)
+      >>> layer(jnp.array([4.0, 0.0]), jnp.array([0.0, 2.0]))
+      Array([2., 1.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        initial: float = 0.5,
+        *,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+    ):
+        self.convex_logits = nnx.Param(initial_logits(initial, param_dtype))
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+
+    def __call__(self, h: ArrayLike, residual: ArrayLike) -> jax.Array:
+        """The sum of two branches of one shape; the weight of ``h`` is ``a``."""
+        logits = self.convex_logits[...]
+        dtype = canonicalize_dtype(h, residual, logits, dtype=self.dtype)
+        # Not the logits, which in 16 bits would round to a few balances.
+        return convex_sum(jnp.asarray(h, dtype), jnp.asarray(residual, dtype), logits)
+
+
+class EquivalentNorm(nnx.Module):
+    r"""Runs a module on weights that `weightreg.equivalent_norm` maps to one norm.
+
+    Each call runs a copy of the module that has the mapped weights, and brings back
+    what the call changed other than parameters: batch statistics, counts of random
+    numbers. The stored parameters are never written, so that
+    ``nnx.state(model, nnx.Param)`` is what the optimizer trains; a learnt alpha adds
+    ``log_alpha`` to it. Only ``__call__`` is wrapped: for another method, call it on
+    ``fold()``.
+
+    Args:
+      module: A layer or a whole network.
+      norm: What `weightreg.equivalent_norm` returns. Its ``mask`` and ``dims`` are
+        those of ``nnx.state(module, nnx.Param)``.
+
+    Raises:
+      TypeError: ``module`` or ``norm`` is something else.
+      ValueError: As the map does, on a call.
+
+    References:
+      Li, Chen, Yang, Generalization Bound Regularizer, eqs. 19 to 23. Flax's own
+      ``nnx.WeightNorm`` writes the normalized weights over the stored ones
+      (google/flax issue 5576).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg.nnx
+      >>> from flax import nnx
+      >>> layer = weightreg.nnx.EquivalentNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+      >>> x = jnp.ones((1, 4))
+      >>> bool(jnp.all(layer.fold()(x) == layer(x)))
+      True
+    """
+
+    def __init__(self, module: nnx.Module, norm: NormMap = equivalent_norm()):  # noqa: B008
+        check_wrapped(module, nnx.Module, norm)
+        self.module = module
+        self.norm = norm
+        if norm.learn:
+            self.log_alpha = nnx.Param(norm.initial_log_alpha())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module on the mapped weights."""
+        folded = self.fold()
+        before = _not_trained(folded)
+        out = folded(*args, **kwargs)
+        after = _not_trained(folded)
+        # What is as it was need not be written, nor can it where a transformation of
+        # JAX has caught the module from outside.
+        if any(before.get(path) is not leaf for path, leaf in after.items()):
+            nnx.update(self.module, nnx.state(folded, nnx.Not(nnx.Param)))
+        return out
+
+    def fold(self) -> Any:
+        """A copy of the module that does by itself what this one does."""
+        graph, params, rest = nnx.split(self.module, nnx.Param, ...)
+        log_alpha = self.log_alpha[...] if self.norm.learn else None
+        return nnx.merge(graph, self.norm.apply(params, log_alpha), rest, copy=True)
+
+
+def _not_trained(module: nnx.Module) -> dict[Any, Any]:
+    state = nnx.state(module, nnx.Not(nnx.Param))
+    return dict(jax.tree_util.tree_leaves_with_path(state))
