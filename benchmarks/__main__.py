@@ -58,7 +58,7 @@ def compare(options: argparse.Namespace, console: Console) -> int:
         named = getattr(options, name)
         given[name] = named and tuple(named.split(","))
     given["mapping"] = options.mapping or _mapping()
-    from benchmarks.compare import Settings
+    from benchmarks.settings import Settings
 
     settings = Settings.of(options.dataset, **given)
     return _compare(settings, options.out / f"{settings.name()}.json", {}, console)
@@ -67,8 +67,8 @@ def compare(options: argparse.Namespace, console: Console) -> int:
 def experiment(options: argparse.Namespace, console: Console) -> int:
     """Runs the comparisons of a table of a paper."""
     mapping = options.mapping or _mapping()
-    from benchmarks.compare import Settings
     from benchmarks.experiments import EXPERIMENTS
+    from benchmarks.settings import Settings
 
     chosen = EXPERIMENTS[options.name]
     parts = options.parts.split(",") if options.parts else list(chosen.parts)

@@ -9,17 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import weightreg as wr
 from benchmarks import data as data_module
 from benchmarks import deploy as deploy_module
 from benchmarks import models, robustness
-from benchmarks.augment import AUGMENTATIONS
 from benchmarks.data import Dataset
 from benchmarks.methods import BASES, METHODS, Method, Space, at_edge, trials
 from benchmarks.models import Variables
 from benchmarks.record import environment, save
+from benchmarks.settings import Settings, split_of
 from benchmarks.timing import relative_times
 from benchmarks.train import (
     ADVERSARY_STEPS,
@@ -29,7 +28,6 @@ from benchmarks.train import (
     Labels,
     Measured,
     Population,
-    Training,
     example_loss,
     initialize,
     make_step,
@@ -41,204 +39,7 @@ NOISE_STREAM = 1
 BINS = 60
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of attacks in plots, in units of epsilon
 
-# Two draws of the noise to tune on, since held-out labels are noisy too. Digits are
-# few: small batches. Cifar10's radius is the usual 8/255.
-DEFAULTS = {
-    "digits": {"epochs": 80, "batch": 32, "tuning_seeds": 2, "epsilon": 0.1},
-    "mnist": {"epochs": 20, "batch": 128, "tuning_seeds": 2, "epsilon": 0.1},
-    "cifar10": {"epochs": 20, "batch": 128, "tuning_seeds": 2, "epsilon": 8 / 255},
-}
-
-# Where the learning rate is divided by ten, in shares of all steps.
-DROPS = {"constant": (), "steps": (0.3, 0.6, 0.9)}
-
-COUNTS = ("seeds", "epochs", "batch", "trials", "tuning_seeds", "examples", "attacked")
-CHOICES = {
-    "model": models.MODELS,
-    "optimizer": BASES,
-    "schedule": DROPS,
-    "tune_for": ("accuracy", "fgsm"),
-    "mapping": ("devices", "vmap"),
-}
-LISTS = ("augment", "methods", "deploy")  # settings that are several
 Tick = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is compared."""
-
-    dataset: str
-    noise: float = 0.4
-    seeds: int = 5
-    epochs: int
-    batch: int
-    trials: int = 12
-    tuning_seeds: int
-    methods: tuple[str, ...] = ("none", "weight_decay", "l2", "volumization", "weissi")
-    model: str
-    optimizer: str = "adam"
-    schedule: str = "constant"
-    augment: tuple[str, ...] = ()
-    deploy: tuple[str, ...] = ()
-    adversarial: float = 0.0
-    sensitivity: int = 0
-    tune_for: str = "accuracy"
-    examples: int | None = None
-    epsilon: float
-    attacked: int = 1000
-    attack_steps: int = 20
-    restarts: int = 3
-    mapping: str = "devices"
-    data_dir: str | None = None
-
-    @classmethod
-    def of(cls, dataset: str, **given: Any) -> "Settings":
-        """Settings with a data set's defaults for all that is not given or None."""
-        if dataset not in DEFAULTS:
-            raise ValueError(
-                f"dataset must be among {', '.join(DEFAULTS)}, not {dataset!r}."
-            )
-        known = {name: value for name, value in given.items() if value is not None}
-        default: dict[str, Any] = {"model": models.DEFAULT[dataset]}
-        default |= DEFAULTS[dataset]
-        return cls(dataset=dataset, **(default | known))
-
-    def __post_init__(self):
-        """Refuses what cannot be run."""
-        for name in COUNTS:
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, but is {count}.")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in list(known):
-                raise ValueError(
-                    f"{name} must be among {', '.join(known)}, not "
-                    f"{getattr(self, name)!r}."
-                )
-        if unknown := set(self.augment) - set(AUGMENTATIONS):
-            raise ValueError(
-                f"augment must be among {', '.join(AUGMENTATIONS)}, not "
-                f"{', '.join(unknown)}."
-            )
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(
-                f"methods must be among {', '.join(METHODS)}, not {', '.join(unknown)}."
-            )
-        self._check_methods()
-        if unknown := set(self.deploy) - set(self.methods):
-            raise ValueError(
-                f"deploy must be among methods, but {', '.join(unknown)} is not."
-            )
-        if self.deploy and METHODS[self.deploy[0]].levels:
-            raise ValueError(
-                "deploy must begin with a network in float32, which the others are "
-                f"compared to, not with {self.deploy[0]}."
-            )
-        if len(set(self.methods)) < max(len(self.methods), 1):
-            raise ValueError(
-                f"methods must be one or more, named once each, not {self.methods}."
-            )
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"noise must be in [0, 1], but is {self.noise}.")
-        for name in ("epsilon", "adversarial", "sensitivity"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"{name} must be at least 0, but is {getattr(self, name)}."
-                )
-        self.attacks()
-
-    def _check_methods(self) -> None:
-        """Refuses methods that this network or optimizer would put at a loss."""
-        normed = isinstance(models.make(self.model, 1), models.NORMED)
-        for name in self.methods:
-            method = METHODS[name]
-            if method.norm and method.normed and not normed:
-                raise ValueError(
-                    f"methods has {name}, which needs a normalization after every "
-                    f"layer: model must be mlp_norm, resnet_norm or such, not "
-                    f"{self.model}."
-                )
-            if method.fixed and self.optimizer != method.fixed_for:
-                raise ValueError(
-                    f"methods has {name}, whose settings are for {method.fixed_for}: "
-                    f"optimizer must be {method.fixed_for}, not {self.optimizer}."
-                )
-
-    @property
-    def last(self) -> int:
-        """How many epochs "last" averages: ten as the paper, or a fifth of few."""
-        return min(10, max(1, self.epochs // 5))
-
-    def name(self) -> str:
-        """What results are called."""
-        words = [self.dataset, f"noise{round(100 * self.noise)}"]
-        words += [self.model] * (self.model != models.DEFAULT[self.dataset])
-        words += [self.optimizer] * (self.optimizer != "adam")
-        words += ["steps"] * (self.schedule == "steps")
-        words += self.augment
-        words += ["adversarial"] * (self.adversarial > 0)
-        return "-".join(words)
-
-    def ticks(self) -> int:
-        """How often `run` will report: once an epoch of every population."""
-        tuned = sum(not METHODS[name].fixed for name in self.methods)
-        return self.epochs * (1 + tuned + len(self.methods))
-
-    def attacks(self) -> robustness.Settings:
-        """How hard networks are attacked in the end."""
-        return robustness.Settings(steps=self.attack_steps, restarts=self.restarts)
-
-    def training(self, method: str, data: Dataset, tuning: bool = False) -> Training:
-        """How runs of a method are trained, and what is measured meanwhile."""
-        attacked = tuning and self.tune_for == "fgsm"
-        chosen = METHODS[method]
-        optimizer = functools.partial(
-            chosen.build,
-            base=self.optimizer,
-            shrink=self._shrink(data),
-            epoch=self._steps(data),
-        )
-        return Training(
-            model=models.make(self.model, data.classes),
-            classes=data.classes,
-            optimizer=optimizer,
-            batch=self.batch,
-            adversary=self.adversarial,
-            epsilon=self.epsilon if attacked else None,
-            norm=chosen.norm,
-            finish=chosen.finish if chosen.levels else None,
-            distances=chosen.distances if chosen.levels else None,
-            augment=self.augment,
-            sensitivity=0 if tuning else self.sensitivity,
-        )
-
-    def _shrink(self, data: Dataset) -> optax.Schedule | None:
-        """What the learning rate is multiplied by at each step, if not by 1."""
-        if not (drops := DROPS[self.schedule]):
-            return None
-        steps = self._steps(data) * self.epochs
-        return optax.piecewise_constant_schedule(
-            1.0, {round(share * steps): 0.1 for share in drops}
-        )
-
-    def _steps(self, data: Dataset) -> int:
-        """Steps of an epoch."""
-        return len(_split(data, self)[0]) // self.batch
-
-    def command(self) -> str:
-        """The command line that repeats the comparison."""
-        words = ["python -m benchmarks compare"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("data_dir", *LISTS) or value is None:
-                continue
-            if (field.name, value) in (("schedule", "constant"), ("sensitivity", 0)):
-                continue
-            words.append(f"--{field.name.replace('_', '-')} {value}")
-        for name in LISTS:
-            if value := getattr(self, name):
-                words.append(f"--{name} {','.join(value)}")
-        return " ".join(words + (["--data-dir DATA"] if self.data_dir else []))
 
 
 def run(
@@ -289,7 +90,7 @@ def tune(name: str, data: Dataset, settings: Settings, tick: Tick) -> dict:
         return {"trials": [], "chosen": chosen, "score": None, "at_edge": []}
     space = _space(method, data, settings)
     tried = trials(space, settings.trials)
-    train, held_out = _split(data, settings)
+    train, held_out = split_of(data, settings)
     seeds = [TUNING_SEED + i for i in range(settings.tuning_seeds)]
     noisy = [_noisy(data, settings, seed) for seed in seeds]
     rows = lambda part: np.repeat([n[part] for n in noisy], len(tried), axis=0)  # noqa: E731
@@ -506,7 +307,7 @@ def _space(method: Method, data: Dataset, settings: Settings) -> Space:
 
 def _final_runs(name, hyper, data, settings, seeds, tick):
     """Runs on noisy training labels, tested on the test examples."""
-    train, _ = _split(data, settings)
+    train, _ = split_of(data, settings)
     labels = Labels(
         jnp.asarray([_noisy(data, settings, seed)[train] for seed in seeds]),
         jnp.tile(data.y_test, (len(seeds), 1)),
@@ -530,11 +331,6 @@ def _train(
         tick()
     stacked = jax.tree.map(lambda *epochs: np.stack(epochs, axis=1), *rows)
     return stacked, population.networks(progress)
-
-
-def _split(data: Dataset, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    train, held_out = data_module.split(data)
-    return train[: settings.examples], held_out
 
 
 def _attacked_examples(data: Dataset, settings: Settings):
@@ -587,8 +383,8 @@ def _header(settings: Settings, data: Dataset) -> dict:
         },
         "data": {
             "source": data.source,
-            "train": len(_split(data, settings)[0]),
-            "validation": len(_split(data, settings)[1]),
+            "train": len(split_of(data, settings)[0]),
+            "validation": len(split_of(data, settings)[1]),
             "test": len(data.y_test),
         },
         **environment(),

@@ -16,3 +16,11 @@ def kept_programs(tmp_path_factory):
         folder = folder.parent
     jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The data set of the comparison that needs no network and no files."""
+    from benchmarks import data
+
+    return data.load("digits")

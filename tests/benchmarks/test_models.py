@@ -393,3 +393,16 @@ def test_statistics_are_of_networks_that_have_them():
     logits, stats = models.training_logits(model, variables, x)
     assert stats == {}
     np.testing.assert_array_equal(logits, models.logits(model, variables, x))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (1, 5, 7, 2), (3, 1, 2, 1)])
+def test_the_usual_convolution_is_flaxs(shape):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    plain = nn.Conv(4, (3, 3), strides=2, bias_init=nn.initializers.normal())
+    variables = quick.jit(plain.init)(jax.random.key(0), x)
+    ours = models.Convolution(4)
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
+    made = jax.eval_shape(ours.init, jax.random.key(0), x)
+    assert shapes(made) == shapes(variables)
+    got, expected = ours.apply(variables, x), plain.apply(variables, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

@@ -10,15 +10,10 @@ import optax
 import pytest
 
 import weightreg as wr
-from benchmarks import data, robustness
+from benchmarks import robustness
 from benchmarks.robustness import ATTACKS, Network, Settings, evaluate, masked_gradients
 
 QUICK = Settings(steps=5, restarts=2)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
 
 
 def perceptron(weights, x):

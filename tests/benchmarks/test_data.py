@@ -1,0 +1,55 @@
+"""Data sets, their splits and label noise."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parquet import write_parquet
+
+from benchmarks import data
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 300),
+    noise=st.floats(0, 1),
+    classes=st.integers(2, 12),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_noise_makes_the_asked_fraction_of_labels_wrong(n, noise, classes, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n).astype(np.int32)
+    kept = labels.copy()
+    noisy = data.corrupt(labels, noise, classes, rng)
+    assert np.sum(noisy != labels) == round(noise * n)
+    assert noisy.min() >= 0 and noisy.max() < classes
+    np.testing.assert_array_equal(labels, kept)
+
+
+def test_noise_is_uniform_over_the_other_classes():
+    noisy = data.corrupt(np.zeros(90_000, int), 1.0, 10, np.random.default_rng(0))
+    counts = np.bincount(noisy, minlength=10)
+    assert counts[0] == 0
+    assert np.all(np.abs(counts[1:] - 10_000) < 500)
+
+
+def test_split_is_a_partition_of_the_training_set(digits):
+    train_part, held_out = data.split(digits)
+    both = np.concatenate([train_part, held_out])
+    np.testing.assert_array_equal(np.sort(both), np.arange(len(digits.y_train)))
+    assert len(train_part) == len(both) * 4 // 5
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "shape"),
+    [("mnist", "image", (28, 28)), ("cifar10", "img", (32, 32, 3))],
+)
+def test_parquet_files_are_read(name, column, shape, tmp_path):
+    written = write_parquet(tmp_path / name, column, shape, (7, 3))
+    got = data.load(name, str(tmp_path))
+    assert "JPEG" not in got.source
+    read = (got.x_train, got.y_train), (got.x_test, got.y_test)
+    for (x, y), (images, labels) in zip(written, read, strict=True):
+        np.testing.assert_allclose(images, x / 255, rtol=1e-6)
+        np.testing.assert_array_equal(labels, y)
+        assert images.dtype == np.float32 and labels.dtype == np.int32

@@ -1,0 +1,54 @@
+"""Settings of a comparison, and which are refused."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import data
+from benchmarks.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset": "imagenet"}, "dataset must be among digits"),
+        ({"noise": 1.5}, "noise must be in"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"methods": ("none", "magic")}, "methods must be among"),
+        ({"methods": ()}, "one or more"),
+        ({"methods": ("none", "none")}, "named once each"),
+        ({"epsilon": -1.0}, "epsilon must be"),
+        ({"adversarial": -1.0}, "adversarial must be"),
+        ({"model": "vgg"}, "model must be among mlp"),
+        ({"optimizer": "lion"}, "optimizer must be among adam"),
+        ({"schedule": "cosine"}, "schedule must be among constant, steps"),
+        ({"augment": ("cutout", "zoom")}, "augment must be among .*, not zoom"),
+        ({"sensitivity": -1}, "sensitivity must be at least 0"),
+        ({"methods": ("enc",)}, "enc, which needs a normalization .*not mlp"),
+        ({"methods": ("l2_paper",)}, "l2_paper, whose settings are for momentum"),
+        ({"tune_for": "luck"}, "tune_for must be among accuracy"),
+        ({"methods": ("binary_paper",), "optimizer": "momentum"}, "are for adam"),
+        ({"deploy": ("binary",)}, "deploy must be among methods, but binary is not"),
+        ({"methods": ("binary",), "deploy": ("binary",)}, "begin with .* float32"),
+        ({"examples": 0}, "examples must be at least 1"),
+        ({"restarts": 1}, "restarts must be at least 2"),
+    ],
+)
+def test_settings_that_cannot_be_run_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Settings.of(**({"dataset": "digits"} | given))
+
+
+def test_the_learning_rate_is_lowered_three_times(digits):
+    config = Settings.of("digits", schedule="steps", epochs=10, batch=100)
+    steps = 10 * (len(data.split(digits)[0]) // 100)
+    tx = config.training("none", digits).optimizer({"learning_rate": 1.0})
+    params, rates = jnp.zeros(()), []
+    state = tx.init(params)
+    for _ in range(steps):
+        update, state = tx.update(jnp.ones(()), state, params)
+        rates.append(float(-update))
+    shares = [round(s * steps) for s in (0.3, 0.6, 0.9)]
+    for i, (low, high) in enumerate(zip([0, *shares], [*shares, steps], strict=True)):
+        np.testing.assert_allclose(rates[low:high], 0.1**i, rtol=1e-3)
