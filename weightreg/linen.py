@@ -10,8 +10,8 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from weightreg._core._numbers import is_real
-from weightreg._core._packed_weight import is_packed
+from weightreg._core._arguments import is_real
+from weightreg._core._weights import is_packed
 from weightreg._equivalent_norm._equivalent_norm import (
     NormMap,
     check_wrapped,

@@ -9,7 +9,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightreg._core._trees import match, show_path
+from weightreg._core._arguments import match, show_path
 
 HOLES = [None, optax.MaskedNode()]
 SMALL = {"a": {"kernel": 1.0, "bias": 2.0}, "b": [3.0, {"kernel": 4.0}]}

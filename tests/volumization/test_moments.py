@@ -14,8 +14,7 @@ from jax.tree_util import DictKey, GetAttrKey
 from optax import contrib
 
 import weightreg as wr
-from weightreg._volumization._moments import map_moments
-from weightreg._volumization._volumize import VolumizedState
+from weightreg._volumization._volumized import VolumizedState, map_moments
 
 RNG = np.random.default_rng(0)
 PARAMS = {

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import GetAttrKey
 
+from weightreg._core._arguments import KeyPath, compute_dtype, show_path
 from weightreg._core._mesh import gathered
 from weightreg._core._norms import Axes, Norm, norm_of
 from weightreg._core._scaled import Scaled, normalize
-from weightreg._core._trees import KeyPath, show_path
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
-from weightreg._volumization._reach import compute_dtype
 
 LayerOrder: TypeAlias = Sequence[WeightLayer | str] | None
 """Layers in the order of the network, as `chain_of` reads them."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from weightreg._core._arguments import compute_dtype
 from weightreg._core._mesh import placed
 from weightreg._core._scaled import (
     Scaled,
@@ -22,7 +23,6 @@ from weightreg._core._scaled import (
     times_power,
 )
 from weightreg._core._weights import WeightLayer
-from weightreg._volumization._reach import compute_dtype
 
 Norm: TypeAlias = str | tuple[float, float]
 """``"frobenius"``, ``"l1"``, ``"spectral"``, or ``(p, q)``: see `parse_norm`."""

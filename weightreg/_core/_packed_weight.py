@@ -2,12 +2,9 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from weightreg._core._trees import show_path
 
 
 @functools.partial(
@@ -30,7 +27,7 @@ class PackedWeight:
       scale: ``V``, in the weights' dtype, ``(*stack,)``.
       shape: Shape of one layer.
       levels: ``"binary"`` or ``"ternary"``.
-      stack_axes: Where the weight has the axes that are the first ones of ``bits``.
+      stack_axes: The axes of the weight that are the first ones of ``bits``.
     """
 
     bits: jax.Array
@@ -41,19 +38,5 @@ class PackedWeight:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self.scale.dtype
-
-
-def is_packed(node: Any) -> bool:
-    """Whether a node of a tree is a `PackedWeight`."""
-    return isinstance(node, PackedWeight)
-
-
-def refuse_packed(params: Any) -> None:
-    """Refuses packed weights where numbers are needed."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed):
-        if is_packed(leaf):
-            raise ValueError(
-                f"params are packed at {show_path(path)}: unpack them first."
-            )

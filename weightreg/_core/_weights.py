@@ -1,13 +1,13 @@
 """Which leaves of a parameter tree are weights, and what their axes mean.
 
-Every method of this library asks here, and no method looks at a leaf's name or
-rank by itself.
+Every method of this library asks here, and none looks at a leaf's name or rank by
+itself.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
@@ -16,15 +16,24 @@ import numpy as np
 from jax.tree_util import DictKey, GetAttrKey
 from optax.contrib import MuonDimensionNumbers
 
-from weightreg._core._packed_weight import refuse_packed
-from weightreg._core._trees import KeyPath, is_function, match, show_path
+from weightreg._core._arguments import (
+    KeyPath,
+    is_function,
+    match,
+    refuse_step_count,
+    show_path,
+)
+from weightreg._core._packed_weight import PackedWeight
 
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
 Dims: TypeAlias = Any | Callable[[Any], Any] | None
 
-# Flax's names for parameters that shift or scale units, and `ConvexSum`'s. They are
-# told by name since rank does not tell: attention biases are (heads, head_dim), scanned
-# ones have a leading axis of layers.
+# The dtypes in which transformations that promise exact weights keep the promise.
+SUPPORTED = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+
+# Flax gives these names to parameters that shift or scale units, and `ConvexSum` the
+# last one. Their rank does not tell, since biases of attention are (heads, head_dim)
+# and those of scanned layers have a leading axis of layers.
 _NOT_WEIGHTS = frozenset({"bias", "scale", "convex_logits"})
 
 
@@ -60,27 +69,28 @@ class WeightLayer:
 def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
     """Says which leaves are weights.
 
-    A leaf is a weight when it is a floating-point array of two or more axes, unless
-    it is called ``bias`` or ``scale`` (Flax's names; rank alone would count the
-    biases of attention heads and of scanned layers) or ``convex_logits`` (that of
-    ``ConvexSum``). Integer and complex leaves, and leaves that are no arrays, are not
+    A leaf is a weight if it is a floating-point array of two or more axes, unless it is
+    called ``bias`` or ``scale``, which are Flax's names, or ``convex_logits``, which is
+    that of ``ConvexSum``. (Rank alone would count the biases of attention heads and of
+    scanned layers.) Integer and complex leaves, and leaves that are no arrays, are not
     weights.
 
     Args:
-      params: Any tree: a linen dict, an ``nnx.State``, an Equinox module; ``None``
-        and ``optax.MaskedNode`` are holes.
-      mask: Takes the place of this rule: a tree of booleans, or a prefix of one, or
-        a function that makes one of ``params``.
-      dims: Takes the place of this rule, as in Muon: a leaf with
-        ``optax.contrib.MuonDimensionNumbers`` is a weight, a leaf with ``None`` is
-        not. A tree, or a function that makes one of ``params``.
+      params: Any tree of parameters: a linen dict, an ``nnx.State``, an Equinox module.
+        ``None`` and ``optax.MaskedNode`` are holes in it.
+      mask: Takes the place of this rule. It is a tree of booleans, or a prefix of one,
+        or a function of the parameters that makes one.
+      dims: Takes the place of this rule as in Optax's Muon: a leaf with
+        ``optax.contrib.MuonDimensionNumbers`` is a weight, and a leaf with ``None`` is
+        not. It is a tree of both, or a function of the parameters that makes one.
 
     Returns:
       A tree of booleans with the structure of ``params``, fit for the ``mask`` of
       any Optax transformation.
 
     Raises:
-      ValueError: ``mask`` or ``dims`` does not match ``params``.
+      ValueError: ``mask`` or ``dims`` does not match the parameters, or weights are
+        packed.
       TypeError: ``mask`` holds something other than booleans, or is true for a leaf
         that is no floating-point array; or ``params`` is an integer, which is what
         ``optax.inject_hyperparams`` passes to functions that it takes for schedules.
@@ -98,19 +108,22 @@ def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
 
 
 def left_out(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, str]:
-    """Says which leaves are no weights, and why: what no method here touches.
+    """Says which leaves are no weights, and why: no method here touches them.
 
     Args:
-      params: As in `weight_mask`.
-      mask: As in `weight_mask`.
-      dims: As in `weight_mask`.
+      params: Any tree of parameters.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`.
 
     Returns:
       The reason for each leaf that is left out, by its path, in the tree's order.
 
     Raises:
-      ValueError: As in `weight_mask`.
-      TypeError: As in `weight_mask`.
+      ValueError: ``mask`` or ``dims`` does not match the parameters, or weights are
+        packed.
+      TypeError: ``mask`` holds something other than booleans, or is true for a leaf
+        that is no floating-point array.
 
     Example:
       >>> import jax.numpy as jnp
@@ -155,20 +168,25 @@ def weight_layers(
 
     The order is that of the tree, except that keys of mappings are sorted as people
     number layers: ``Dense_2`` before ``Dense_10``. No tree says in which order a
-    network calls its layers; where that matters, methods take it as an argument.
+    network calls its layers. Where that matters, methods take it as an argument.
 
     Args:
       params: Any tree of parameters.
-      mask: As in `weight_mask`.
-      dims: As in `weight_mask`.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: a tree of
+        ``optax.contrib.MuonDimensionNumbers``, with ``None`` for leaves that are no
+        weights, or a function of the parameters that makes one.
 
     Returns:
-      One `WeightLayer` a weight.
+      One `WeightLayer` for every weight.
 
     Raises:
-      ValueError: As in `weight_mask`; or a leaf that ``mask`` calls a weight has
-        fewer than two axes, hence no fans; or ``dims`` names an axis twice or one
-        that the leaf does not have.
+      ValueError: ``mask`` or ``dims`` does not match the parameters; a leaf that
+        ``mask`` calls a weight has fewer than two axes, hence no fans; ``dims`` names
+        an axis twice or one that the leaf does not have; or weights are packed.
+      TypeError: ``mask`` holds something other than booleans, or is true for a leaf
+        that is no floating-point array.
 
     Example:
       >>> import jax.numpy as jnp
@@ -191,21 +209,9 @@ def weight_layers(
     return tuple(layer for _, layer in sorted(layers, key=lambda pl: order(pl[0])))
 
 
-def refuse_step_count(argument: str, params: Any) -> None:
-    """Says that ``inject_hyperparams`` has called a rule as if it were a schedule."""
-    if jax.tree_util.all_leaves([params]) and jnp.issubdtype(
-        jnp.result_type(params), jnp.integer
-    ):
-        raise TypeError(
-            f"{argument}: a function of the parameters got a step count. Under "
-            f"optax.inject_hyperparams pass static_args={argument!r}, since it takes "
-            "every function for a schedule."
-        )
-
-
 def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
-    """`weight_mask` as one boolean a leaf, in the order of ``jax.tree.leaves``."""
-    refuse_packed(params)
+    """Says of each leaf whether it is a weight, in the order of ``jax.tree.leaves``."""
+    _refuse_packed(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if mask is None and dims is None:
         return [_why_not(path, leaf) is None for path, leaf in leaves]
@@ -227,7 +233,7 @@ def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
 
 
 def dims_leaves(params: Any, dims: Dims) -> list[MuonDimensionNumbers | None]:
-    """One ``MuonDimensionNumbers`` a leaf; ``None`` where none was given."""
+    """One ``MuonDimensionNumbers`` for each leaf, or ``None`` where none was given."""
     if dims is None:
         return [None] * len(jax.tree.leaves(params))
     is_dims = lambda node: isinstance(node, MuonDimensionNumbers)  # noqa: E731
@@ -243,7 +249,7 @@ def dims_leaves(params: Any, dims: Dims) -> list[MuonDimensionNumbers | None]:
 
 
 def stack_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
-    """Each leaf's axes that stack several layers: those that ``dims`` does not name."""
+    """The axes of each leaf that stack layers, which ``dims`` leaves unnamed."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     stacked = []
     for (path, leaf), entry in zip(leaves, dims_leaves(params, dims), strict=True):
@@ -253,13 +259,44 @@ def stack_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
     return stacked
 
 
+def check_dtypes(caller: str, params: Any, wanted: Iterable[int]) -> None:
+    """Refuses weights in other dtypes than the ones arithmetic is exact in.
+
+    Raises:
+      TypeError: A leaf at one of the positions ``wanted`` is in none of `SUPPORTED`.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in (leaves[index] for index in wanted):
+        if jnp.result_type(leaf) not in SUPPORTED:
+            raise TypeError(
+                f"{caller} cannot handle {show_path(path)} of dtype "
+                f"{jnp.result_type(leaf)}, only "
+                f"{', '.join(jnp.dtype(d).name for d in SUPPORTED)}. Leave it out with "
+                "mask=."
+            )
+
+
+def is_packed(node: Any) -> bool:
+    """Whether a node of a tree is a `PackedWeight`."""
+    return isinstance(node, PackedWeight)
+
+
+def _refuse_packed(params: Any) -> None:
+    """Refuses packed weights where numbers are needed."""
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed):
+        if is_packed(node):
+            raise ValueError(
+                f"params are packed at {show_path(path)}: unpack them first."
+            )
+
+
 def _is_floating(leaf: Any) -> bool:
     is_number = isinstance(leaf, float) or hasattr(leaf, "dtype")
     return is_number and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _why_not(path: KeyPath, leaf: Any) -> str | None:
-    """Why a leaf is no weight by default, or None if it is one."""
+    """The reason why a leaf is no weight by default, or ``None`` if it is one."""
     if not _is_floating(leaf):
         return f"not real and floating, but {_describe(leaf)}"
     if (name := _name(path)) in _NOT_WEIGHTS:
@@ -289,7 +326,7 @@ def _name(path: KeyPath) -> Any:
 def _axes(
     path: KeyPath, ndim: int, dims: MuonDimensionNumbers
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Input and output axes counted from the front, checked."""
+    """The input and output axes, counted from the front and checked."""
     both = [(int(a),) if isinstance(a, int | np.integer) else tuple(a) for a in dims]
     named = [a for axes in both for a in axes]
     normal = [a % ndim for a in named if -ndim <= a < ndim]
@@ -318,8 +355,8 @@ def _layer(
     else:
         inputs, outputs = _axes(path, len(shape), dims)
     size = lambda axes: math.prod(shape[a] for a in axes)  # noqa: E731
-    # With dims, two reduction axes are rather attention's (heads, head_dim) than a
-    # one-dimensional convolution's (window, in).
+    # With dims, two reduction axes are rather attention's (heads, head_dim) than the
+    # (window, in) of a one-dimensional convolution.
     convolves = len(outputs) == 1 and len(inputs) >= (2 if dims is None else 3)
     window = size(inputs[:-1]) if convolves else 1
     return WeightLayer(
@@ -337,7 +374,7 @@ def _layer(
 
 
 def _natural_order(paths: list[KeyPath]) -> Callable[[KeyPath], list[Any]]:
-    """A sort key: the tree's order, but the keys of a mapping with numbers as such."""
+    """A sort key for the tree's order, in which digits in keys count as numbers."""
     first: dict[KeyPath, int] = {}
     for position, path in enumerate(paths):
         for n in range(len(path)):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from weightreg._core._arguments import check_scalar, compute_dtype, each, replaced
 from weightreg._core._norms import Axes
-from weightreg._core._numbers import check_scalar
 from weightreg._core._weights import Dims, Mask, WeightLayer
 from weightreg._equivalent_norm._groups import (
     check_form,
@@ -19,7 +19,6 @@ from weightreg._equivalent_norm._groups import (
     layers_of,
     normalized,
 )
-from weightreg._volumization._reach import compute_dtype
 
 
 class LearntNorm(NamedTuple):
@@ -85,11 +84,12 @@ class NormMap:
             norm = jnp.sqrt(self.alpha)
         else:  # alpha itself may be out of the range of the weights' dtype
             norm = math.sqrt(np.asarray(self.alpha))
-        leaves, treedef = jax.tree.flatten(params)
-        for layer in self._layers(params):
-            weight, axes = jnp.asarray(leaves[layer.index]), Axes.of(layer)
-            leaves[layer.index] = _mapped(weight, norm, self.scope, self.center, axes)
-        return jax.tree.unflatten(treedef, leaves)
+        axes = {x.index: Axes.of(x) for x in self._layers(params)}
+        mapped = {
+            i: _mapped(w, norm, self.scope, self.center, axes[i])
+            for i, w in each(params, axes)
+        }
+        return replaced(params, mapped, params)
 
     def _layers(self, params: Any) -> list[WeightLayer]:
         return layers_of(params, self.scope, self.center, self.mask, self.dims)

@@ -3,16 +3,25 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
 
+from weightreg._core._arguments import (
+    CountState,
+    Number,
+    at,
+    check_params,
+    check_scalar,
+    check_scheduled,
+    compute_dtype,
+    each,
+    each_with_update,
+    replaced,
+)
 from weightreg._core._norms import Axes
-from weightreg._core._numbers import Number, at, check_scalar
-from weightreg._core._trees import leaves_like
 from weightreg._core._weights import Dims, Mask
 from weightreg._equivalent_norm._groups import (
     check_form,
@@ -21,17 +30,6 @@ from weightreg._equivalent_norm._groups import (
     layers_of,
     measure,
 )
-from weightreg._volumization._reach import compute_dtype
-
-
-class AddShiftedL2State(NamedTuple):
-    """State of `add_shifted_l2`.
-
-    Attributes:
-      count: Steps taken, for schedules; int32 scalar.
-    """
-
-    count: jax.typing.ArrayLike
 
 
 def shifted_l2(
@@ -97,12 +95,12 @@ def shifted_l2(
         check_scalar(name, value, 0, math.inf)
 
     def penalty(params: Any) -> jax.Array:
-        leaves = jax.tree.leaves(params)
+        layers = layers_of(params, scope, center, mask, dims)
+        axes = {x.index: Axes.of(x) for x in layers}
         total = jnp.zeros([], jnp.float32)
-        for layer in layers_of(params, scope, center, mask, dims):
-            weight = jnp.asarray(leaves[layer.index])
-            aim = jnp.asarray(epsilon, compute_dtype(weight.dtype))
-            total += _value(weight, aim, scope, center, Axes.of(layer))
+        for i, w in each(params, axes):
+            aim = jnp.asarray(epsilon, compute_dtype(w.dtype))
+            total += _value(w, aim, scope, center, axes[i])
         return 0.5 * jnp.asarray(strength, total.dtype) * total
 
     return penalty
@@ -167,30 +165,24 @@ def add_shifted_l2(
     """
     check_form(scope, center)
     for name, value in (("strength", strength), ("epsilon", epsilon)):
-        if not callable(value):
-            check_scalar(name, value, 0, math.inf, "a scalar or a schedule")
+        check_scheduled(name, value, 0, math.inf)
 
     def init_fn(params):
         layers_of(params, scope, center, mask, dims)
-        return AddShiftedL2State(count=jnp.zeros([], jnp.int32))
+        return CountState.zero()
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        check_params(params)
         layers = layers_of(params, scope, center, mask, dims)
-        leaves = jax.tree.leaves(params)
-        flat = leaves_like("updates", updates, params, [x.index for x in layers])
-        numbers = (
-            at("strength", strength, state.count, ()),
-            at("epsilon", epsilon, state.count, ()),
-        )
-        for layer in layers:
-            u, w = jnp.asarray(flat[layer.index]), jnp.asarray(leaves[layer.index])
-            gradient = _gradient(w, *numbers, scope, center, Axes.of(layer))
-            flat[layer.index] = (u + gradient).astype(u.dtype)
-        updates = jax.tree.unflatten(jax.tree.structure(params), flat)
-        return updates, AddShiftedL2State(count=optax.safe_increment(state.count))
+        axes = {x.index: Axes.of(x) for x in layers}
+        lam = at("strength", strength, state.count)
+        aim = at("epsilon", epsilon, state.count)
+        added = {
+            i: (u + _gradient(w, lam, aim, scope, center, axes[i])).astype(u.dtype)
+            for i, w, u in each_with_update(params, updates, axes)
+        }
+        return replaced(updates, added, params), state.next()
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
 
-from weightreg._core._packed_weight import PackedWeight, is_packed
-from weightreg._core._trees import KeyPath, show_path
+from weightreg._core._arguments import KeyPath, show_path
+from weightreg._core._packed_weight import PackedWeight
+from weightreg._core._weights import is_packed
 from weightreg._quantization._pack import unpack
 from weightreg._quantization._quantize import PLANES, check_levels
 
@@ -35,7 +36,7 @@ def save_packed(packed: Any, path: str | os.PathLike[str]) -> None:
 
     Args:
       packed: What `pack` returns: a tree of arrays and `PackedWeight`.
-      path: Of the file, which is replaced if it exists.
+      path: The path of the file, which is replaced if it exists.
 
     Raises:
       ValueError: The tree has no leaves, or two whose paths print alike; or a scale is
@@ -93,7 +94,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     never another network. (It is no signature: whoever means to can make another file.)
 
     Args:
-      path: Of the file.
+      path: The path of the file.
       like: A tree that says what to expect: the network's parameters, packed or not,
         or their shapes, as ``jax.eval_shape`` gives them. The result has its structure,
         with a `PackedWeight` where the file has one; paths, shapes and dtypes must
@@ -110,7 +111,17 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
       FileNotFoundError: There is no file.
       ImportError: There is no safetensors.
 
-    Example: see `save_packed`.
+    Example:
+      >>> import pathlib, tempfile
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> packed = wr.pack({"kernel": jnp.ones((8, 4))}, 0.5, "binary")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = pathlib.Path(folder) / "network.safetensors"
+      ...     wr.save_packed(packed, file)
+      ...     loaded = wr.load_packed(file, like=packed)
+      >>> loaded["kernel"].levels
+      'binary'
     """
     path, library = _path(path), _safetensors()
     data = path.read_bytes()
@@ -122,7 +133,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
         )
     except _Narrowed as error:
         raise ValueError(f"{path} has {error}") from None
-    except Exception as error:  # it has the right checksum, but is not from here
+    except Exception as error:  # the checksum is right, but no save_packed wrote it
         raise ValueError(f"{path} is no packed network: {error!r}.") from error
     if like is not None:
         return _as(like, leaves, path)
@@ -152,7 +163,7 @@ def _path(path: Any) -> pathlib.Path:
 
 
 def _replace(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file in one move."""
+    """Writes a file beside its place and moves it there in one piece."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
@@ -173,7 +184,7 @@ def _array(name: str, leaf: Any) -> np.ndarray:
 
 
 def _describe(name: str, keys: KeyPath, leaf: Any) -> dict[str, Any]:
-    """A leaf's entry in the metadata."""
+    """Makes a leaf's entry in the metadata."""
     named = all(isinstance(key, DictKey) and isinstance(key.key, str) for key in keys)
     entry: dict[str, Any] = {"keys": [str(k.key) for k in keys] if named else None}
     if not is_packed(leaf):
@@ -208,7 +219,7 @@ def _leaves(described: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any
 
 
 def _leaf(tensor: dict[str, Any], entry: dict[str, Any]) -> Any:
-    """The inverse of `_describe`, with the tensor's own bytes."""
+    """Makes a leaf of its entry in the metadata and of the tensor's own bytes."""
     levels, shape = entry["levels"], tuple(entry["shape"])
     dtype, stored = jnp.dtype(entry["dtype"]), tuple(tensor["shape"])
     if levels is None:
@@ -229,7 +240,7 @@ def _leaf(tensor: dict[str, Any], entry: dict[str, Any]) -> Any:
 
 
 class _Narrowed(ValueError):
-    """JAX would store numbers with fewer bits than they have."""
+    """Says that JAX would store numbers with fewer bits than they have."""
 
 
 def _on_device(array: np.ndarray) -> jax.Array:
@@ -242,7 +253,7 @@ def _on_device(array: np.ndarray) -> jax.Array:
 
 
 def _about(path: pathlib.Path, data: bytes) -> dict[str, Any]:
-    """What the file says of itself, once it is known to be whole."""
+    """Reads what a file says of itself, once it is known to be whole."""
     size = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + size])
@@ -269,12 +280,12 @@ def _about(path: pathlib.Path, data: bytes) -> dict[str, Any]:
 
 
 def _mark(checksum: str) -> bytes:
-    """The checksum as it stands in the header, JSON in a string of JSON."""
+    """Writes the checksum as it stands in the header: JSON in a string of JSON."""
     return json.dumps(json.dumps({"checksum": checksum}))[2:-2].encode()
 
 
 def _is_of_dicts(packed: Any, leaves: list[tuple[KeyPath, Any]]) -> bool:
-    """Whether dicts of dicts, made of the paths, are the tree."""
+    """Whether the dicts of dicts that the paths describe are the tree."""
     keys: list[Any] = [tuple(getattr(k, "key", 0) for k in path) for path, _ in leaves]
     if not all(path and all(isinstance(k, str) for k in path) for path in keys):
         return False
@@ -293,7 +304,7 @@ def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def _as(like: Any, leaves: dict[str, Any], path: pathlib.Path) -> Any:
-    """The leaves of a file in the structure of ``like``."""
+    """Puts the leaves of a file into the structure of ``like``, which they must fit."""
     expected = jax.tree_util.tree_leaves_with_path(like, is_leaf=is_packed)
     structure = jax.tree.structure(like, is_leaf=is_packed)
     names = [show_path(keys) for keys, _ in expected]
@@ -319,7 +330,7 @@ def _as(like: Any, leaves: dict[str, Any], path: pathlib.Path) -> Any:
 
 
 def _kind(leaf: Any, in_bits: bool = True) -> str:
-    """Dtype and shape, of what a packed weight stands for, and how it is packed."""
+    """Names dtype and shape of a leaf, unpacked, and how it is packed."""
     if not hasattr(leaf, "dtype"):
         return f"no array ({type(leaf).__name__})"
     array = jax.eval_shape(unpack, leaf) if is_packed(leaf) else leaf

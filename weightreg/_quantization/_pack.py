@@ -11,15 +11,15 @@ from jax import lax
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
+from weightreg._core._arguments import each, is_real, replaced, show_path
 from weightreg._core._mesh import gathered
-from weightreg._core._numbers import is_real
-from weightreg._core._packed_weight import PackedWeight, is_packed
-from weightreg._core._weights import Dims, Mask
+from weightreg._core._packed_weight import PackedWeight
+from weightreg._core._weights import Dims, Mask, is_packed, stack_axes
 from weightreg._quantization._quantize import (
     check_levels,
     codes,
     level,
-    weights_with_scales,
+    scales_of,
 )
 
 
@@ -38,20 +38,27 @@ def pack(
     layer that holds one gets a scale of NaN.)
 
     Args:
-      params: As in `binarize`.
-      volume: As in `binarize`, one number for each layer.
+      params: Any tree of parameters.
+      volume: The height ``V`` of the levels, finite, one number for each layer: a
+        number, a tree of numbers that matches the parameters or a prefix of them, or a
+        function of the parameters that makes one, such as `he_volume`. It is no
+        schedule, since there is no step count.
       levels: ``"binary"`` or ``"ternary"``.
-      mask: Which leaves to pack, as in `binarize`.
-      dims: What the axes of weights mean: see `weight_layers`. Axes that it does not
-        name stack layers, with a scale each.
+      mask: Which leaves to pack: a tree of booleans, or a function of the parameters
+        that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, each of which has a scale of its own.
 
     Returns:
       The tree of ``params`` with a `PackedWeight` in the place of each weight.
 
     Raises:
-      ValueError: As `binarize`; ``levels`` is neither; ``params`` are packed already;
-        or ``volume`` differs within a layer.
-      TypeError: As `binarize`.
+      ValueError: ``V`` is negative, NaN, or infinite or rounded to 0 in the weights'
+        dtype, as far as it is known before tracing; ``volume`` differs within a layer;
+        a tree does not match the parameters; a rule meets a leaf without fans;
+        ``levels`` is neither; or weights are packed already.
+      TypeError: ``volume`` is a schedule, or a weight is no floating-point array of 16,
+        32 or 64 bits.
 
     References:
       Ziyin, Wang, Yamada, Ueda, Volumization as a Natural Generalization of Weight
@@ -68,12 +75,14 @@ def pack(
       Array([[ 0.5, -0.5,  0.5]], dtype=float32)
     """
     check_levels(levels)
-    leaves, treedef = jax.tree.flatten(params)
-    weights = weights_with_scales("pack", params, volume, mask, dims)
-    for index, weight in weights.items():
-        scale = _one_per_layer(weight.path, weight.scale, weight.leaf, weight.stacked)
-        leaves[index] = _encode(weight.leaf, scale, levels, weight.stacked)
-    return jax.tree.unflatten(treedef, leaves)
+    scales = scales_of("pack", params, volume, mask, dims)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    stacked = stack_axes(params, dims)
+    packed = {}
+    for i, w in each(params, scales):
+        scale = _one_per_layer(show_path(paths[i][0]), scales[i], w, stacked[i])
+        packed[i] = _encode(w, scale, levels, stacked[i])
+    return replaced(params, packed, params)
 
 
 def unpack(packed: Any, *, after: Any = None) -> Any:
@@ -127,7 +136,7 @@ def unpack(packed: Any, *, after: Any = None) -> Any:
     def one(node: Any) -> Any:
         if not is_packed(node):
             return node
-        # The scale is what all weights are made of, and the smallest array to wait.
+        # All weights are made of the scale, which is the smallest array that can wait.
         scale = functools.reduce(lambda scale, x: _after(x, scale), numbers, node.scale)
         return _decode(dataclasses.replace(node, scale=scale))
 
@@ -135,7 +144,7 @@ def unpack(packed: Any, *, after: Any = None) -> Any:
 
 
 def _first_numbers(after: Any) -> list[jax.Array]:
-    """A number of every array that is being traced and has any."""
+    """Takes one number of every array that is being traced and has any."""
     for leaf in jax.tree.leaves(after):
         if not is_real(leaf):
             raise TypeError(f"after must hold arrays of real numbers, not {leaf!r}.")
@@ -144,7 +153,7 @@ def _first_numbers(after: Any) -> list[jax.Array]:
 
 
 def _one_per_layer(path, scale, leaf, stacked) -> jax.Array:
-    """The scale of every stacked layer."""
+    """Gives every stacked layer its scale, which must not differ within the layer."""
     if scale.ndim and any(
         size != 1 for axis, size in enumerate(scale.shape) if axis not in stacked
     ):
@@ -183,7 +192,7 @@ def _decode(packed: PackedWeight) -> jax.Array:
     if not packed.bits.size:
         return _in_place(jnp.zeros((*stack, *packed.shape), packed.dtype), packed)
     bits = gathered(packed.bits, range(len(stack)))
-    # Plane by plane: on CPU both at once would take several times as long.
+    # Both planes at once would take several times as long on CPU.
     plane = lambda i: jnp.unpackbits(bits[..., i, :], -1, count).astype(bool)  # noqa: E731
     nonzero = plane(0) if packed.levels == "ternary" else None
     w = level(nonzero, plane(-1), packed.scale[..., None])
@@ -191,7 +200,7 @@ def _decode(packed: PackedWeight) -> jax.Array:
 
 
 def _in_place(w: jax.Array, packed: PackedWeight) -> jax.Array:
-    """A weight whose stack comes first, with its axes where they belong."""
+    """Puts the axes of a weight whose stack comes first where they belong."""
     # Loops take the first axes of a stack away, and stacks of networks have more.
     depth = packed.scale.ndim
     gone = len(packed.stack_axes) - depth
@@ -201,7 +210,7 @@ def _in_place(w: jax.Array, packed: PackedWeight) -> jax.Array:
 
 @jax.custom_jvp
 def _after(first: jax.Array, x: jax.Array) -> jax.Array:
-    """``x``, but not before the number ``first`` is known."""
+    """Returns ``x``, but not before the number ``first`` is known."""
     return _tied(first, x)
 
 
@@ -213,7 +222,7 @@ def _after_jvp(primals, tangents):
 @custom_vmap
 def _tied(first: jax.Array, x: jax.Array) -> jax.Array:
     # An optimization barrier would say so, but is gone when XLA orders things on CPU.
-    # Of a number and its successor one is even; XLA does not know.
+    # Of a number and its successor one is even, which XLA does not know.
     number = lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     bits |= (number * (number + 1) & 1).astype(bits.dtype)
@@ -222,6 +231,6 @@ def _tied(first: jax.Array, x: jax.Array) -> jax.Array:
 
 @_tied.def_vmap
 def _tied_batched(axis_size, batched, first, x):
-    """The first of a batch will do: else each example had bits of its own."""
+    """Waits for the first of a batch only, or each example had bits of its own."""
     del axis_size
     return _tied(gathered(first, ())[0] if batched[0] else first, x), batched[1]

@@ -2,33 +2,31 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
 
-from weightreg._core._numbers import at, check_count, is_real
-from weightreg._core._trees import leaves_like, show_path
+from weightreg._core._arguments import (
+    CountState,
+    check_count,
+    check_params,
+    compute_dtype,
+    each,
+    each_with_update,
+    is_real,
+    replaced,
+    show_path,
+)
 from weightreg._core._weights import Dims, Mask, stack_axes
-from weightreg._volumization._reach import compute_dtype, land, reach, round_to
+from weightreg._volumization._box import land, reach, round_to
 from weightreg._volumization._volumes import check_argument, volumes_of
 
-# How many bits of a weight `codes` gives.
+# The number of bits that `codes` gives for a weight.
 PLANES = {"binary": 1, "ternary": 2}
-
-
-class QuantizeState(NamedTuple):
-    """State of `quantize_every`.
-
-    Attributes:
-      count: Steps taken; int32 scalar.
-    """
-
-    count: jax.typing.ArrayLike
 
 
 def binarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
@@ -37,14 +35,17 @@ def binarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None) 
     .. math::
       w \mapsto \begin{cases} V & w \ge 0 \\ -V & \text{otherwise} \end{cases}
 
-    in the weights' own dtype, to which ``V`` is rounded. NaN stays NaN; where hardware
-    takes subnormal numbers for 0, so does this. The derivative by the weights is 0.
+    in the weights' own dtype, to which ``V`` is rounded. NaN stays NaN. Where hardware
+    takes subnormal numbers for 0, so does this function. The derivative by the weights
+    is 0.
 
     Args:
       params: Any tree of parameters.
-      volume: As in `volumize`, finite, but no schedule, since there is no step count.
+      volume: The height ``V`` of the levels, finite: a number, a tree of numbers that
+        matches the parameters or a prefix of them, or a function of the parameters that
+        makes one, such as `he_volume`. It is no schedule, since there is no step count.
       mask: Which leaves to binarize: a tree of booleans, or a function of the
-        parameters that makes one. By default all weights, as `weight_mask` says.
+        parameters that makes one. By default `weight_mask` decides.
       dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
@@ -53,10 +54,10 @@ def binarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None) 
 
     Raises:
       ValueError: ``V`` is negative, NaN, or infinite or rounded to 0 in the weights'
-        dtype, as far as it is known before tracing; trees do not match; a rule for a
-        leaf without fans; ``params`` are packed.
-      TypeError: ``volume`` is a schedule, or a weight no floating-point array of 16, 32
-        or 64 bits.
+        dtype, as far as it is known before tracing; a tree does not match the
+        parameters; a rule meets a leaf without fans; or weights are packed.
+      TypeError: ``volume`` is a schedule, or a weight is no floating-point array of 16,
+        32 or 64 bits.
 
     References:
       Ziyin, Wang, Yamada, Ueda, Volumization as a Natural Generalization of Weight
@@ -83,17 +84,24 @@ def ternarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None)
     by the weights is 0.
 
     Args:
-      params: As in `binarize`.
-      volume: As in `binarize`.
-      mask: As in `binarize`.
-      dims: As in `binarize`.
+      params: Any tree of parameters.
+      volume: The height ``V`` of the levels, finite: a number, a tree of numbers that
+        matches the parameters or a prefix of them, or a function of the parameters that
+        makes one, such as `he_volume`. It is no schedule, since there is no step count.
+      mask: Which leaves to ternarize: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
-      As `binarize`.
+      The parameters, of the same structure, shapes and dtypes. Leaves that are no
+      weights are passed on as they are.
 
     Raises:
-      ValueError: As `binarize`.
-      TypeError: As `binarize`.
+      ValueError: ``V`` is negative, NaN, or infinite or rounded to 0 in the weights'
+        dtype, as far as it is known before tracing; a tree does not match the
+        parameters; a rule meets a leaf without fans; or weights are packed.
+      TypeError: ``volume`` is a schedule, or a weight is no floating-point array of 16,
+        32 or 64 bits.
 
     References:
       Ziyin et al., 2020, section 5.4, where the second threshold lacks its sign.
@@ -120,11 +128,15 @@ def level_distances(
     (ternary).
 
     Args:
-      params: As in `binarize`.
-      volume: As in `binarize`.
+      params: Any tree of parameters.
+      volume: The height ``V`` of the levels, finite: a number, a tree of numbers that
+        matches the parameters or a prefix of them, or a function of the parameters that
+        makes one, such as `he_volume`. It is no schedule, since there is no step count.
       levels: ``"binary"`` or ``"ternary"``.
-      mask: As in `binarize`.
-      dims: As in `binarize`; axes that it does not name stack layers.
+      mask: Which leaves to measure: a tree of booleans, or a function of the parameters
+        that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one.
 
     Returns:
       One number a weight, or one for each of the layers that are stacked in it, by the
@@ -132,8 +144,12 @@ def level_distances(
       is 0 and the weights are not.
 
     Raises:
-      ValueError: As `binarize`, or ``levels`` is neither.
-      TypeError: As `binarize`.
+      ValueError: ``V`` is negative, NaN, or infinite or rounded to 0 in the weights'
+        dtype, as far as it is known before tracing; a tree does not match the
+        parameters; a rule meets a leaf without fans; weights are packed; or
+        ``levels`` is neither.
+      TypeError: ``volume`` is a schedule, or a weight is no floating-point array of 16,
+        32 or 64 bits.
 
     Example:
       >>> import jax.numpy as jnp
@@ -143,11 +159,12 @@ def level_distances(
       {"['kernel']": Array(0.125, dtype=float32)}
     """
     check_levels(levels)
+    scales = scales_of("level_distances", params, volume, mask, dims)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    stacked = stack_axes(params, dims)
     return {
-        weight.path: _distance(weight.leaf, weight.scale, levels, weight.stacked)
-        for weight in weights_with_scales(
-            "level_distances", params, volume, mask, dims
-        ).values()
+        show_path(paths[i][0]): _distance(w, scales[i], levels, stacked[i])
+        for i, w in each(params, scales)
     }
 
 
@@ -188,7 +205,7 @@ def quantize_every(
         ... )
 
     .. warning::
-      It must be the last link of a chain. Updates that a later link changes do not
+      This must be the last link of a chain. Updates that a later link changes do not
       land on a level. Running statistics of batch normalizations are those of weights
       before they are quantized: renew them before such a network is used, by some
       forward passes in training mode.
@@ -196,18 +213,24 @@ def quantize_every(
     Args:
       steps: How many steps lie between: 1 or more, in 32 bits; may be traced.
       levels: ``"binary"`` or ``"ternary"``.
-      volume: As in `volumize`, finite; numbers may be schedules of the steps.
-      mask: As in `binarize`.
-      dims: As in `binarize`.
+      volume: The height ``V`` of the levels, finite: a number, a tree of numbers that
+        matches the parameters or a prefix of them, or a function of the parameters that
+        makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
+      mask: Which leaves to quantize: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
       A transformation that needs ``params``. Updates keep their dtype, except that
       one that cannot hold all of the parameter's values is widened.
 
     Raises:
-      ValueError: On construction or in ``init``: ``steps`` less than 1 or too large,
-        ``levels`` is neither, or as `binarize`. In ``update``: ``params`` not passed.
-      TypeError: ``steps`` is no integer, or a weight as in `binarize`.
+      ValueError: ``steps`` is less than 1 or too large; ``levels`` is neither; ``V`` is
+        negative, NaN, or infinite or rounded to 0 in the weights' dtype, as far as it
+        is known before tracing; a tree does not match the parameters; a rule meets a
+        leaf without fans; or ``update`` is not given ``params``.
+      TypeError: ``steps`` is no integer, or a weight is no floating-point array of 16,
+        32 or 64 bits.
 
     References:
       Ziyin et al., 2020, section 5.4.
@@ -230,80 +253,56 @@ def quantize_every(
     check_levels(levels)
     check_argument(volume)
 
-    def scales(params, count=None):
-        return weights_with_scales("quantize_every", params, volume, mask, dims, count)
-
     def init_fn(params):
-        count = jnp.zeros([], jnp.int32)
-        scales(params, count)
-        return QuantizeState(count=count)
+        state = CountState.zero()
+        scales_of("quantize_every", params, volume, mask, dims, state.count)
+        return state
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
-        count = optax.safe_increment(state.count)
-        due = count % steps == 0
-        weights = scales(params, state.count)
-        flat = leaves_like("updates", updates, params, list(weights))
-        for index, weight in weights.items():
-            update = jnp.asarray(flat[index])
-            flat[index] = _to_level(weight.leaf, update, weight.scale, levels, due)
-        updates = jax.tree.unflatten(jax.tree.structure(params), flat)
-        return updates, QuantizeState(count=count)
+        check_params(params)
+        after = state.next()
+        due = after.count % steps == 0
+        scales = scales_of("quantize_every", params, volume, mask, dims, state.count)
+        quantized = {
+            i: _to_level(w, u, scales[i], levels, due)
+            for i, w, u in each_with_update(params, updates, scales)
+        }
+        return replaced(updates, quantized, params), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class Weight(NamedTuple):
-    """One weight, and the height of its levels.
-
-    Attributes:
-      path: Of the leaf.
-      leaf: The weight.
-      scale: ``V``, in the weight's dtype, which broadcasts to its shape.
-      stacked: Axes that stack layers.
-    """
-
-    path: str
-    leaf: jax.Array
-    scale: jax.Array
-    stacked: tuple[int, ...]
-
-
-def weights_with_scales(
+def scales_of(
     caller: str,
     params: Any,
     volume: Any,
     mask: Mask,
     dims: Dims,
-    count: jax.Array | None = None,
-) -> dict[int, Weight]:
-    """All weights of a tree by their position among its leaves."""
+    count: jax.typing.ArrayLike | None = None,
+) -> dict[int, jax.Array]:
+    """The height ``V`` of every weight's levels, by its position among the leaves.
+
+    It is in the weight's dtype and broadcasts to its shape. Schedules are evaluated at
+    the step ``count``; without one they are refused.
+    """
     check_argument(volume)
-    _, volumes = volumes_of(caller, params, volume, mask, dims)
-    stacked = stack_axes(params, dims)
-    weights = {}
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for index, (path, leaf) in enumerate(leaves):
-        volume = volumes[index]
-        if volume is None:
-            continue
-        leaf, where = jnp.asarray(leaf), show_path(path)
-        if count is not None:
-            volume = at(f"volume at {where}", volume, count, leaf.shape)
-        scale = _scale(f"volume at {where}", volume, leaf)
-        weights[index] = Weight(where, leaf, scale, stacked[index])
-    return weights
+    volumes = volumes_of(caller, params, volume, mask, dims, count)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        i: _scale(f"volume at {show_path(paths[i][0])}", volumes[i], w)
+        for i, w in each(params, volumes)
+    }
 
 
 def codes(
     w: jax.Array, scale: jax.Array, levels: str
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Whether a weight's level is not 0 (None: it never is), and whether negative."""
+    """Whether a weight's level is not 0 (``None``: it never is), and is negative."""
     if levels == "binary":
         return None, ~(w >= 0)
-    # Twice a number is exact, half of V might not be; an overflow is on the right side.
+    # Twice a number is exact, which half of V might not be, and where it overflows it
+    # is still on the right side.
     nonzero = 2 * jnp.abs(w) > scale
     return nonzero, nonzero & (w < 0)
 
@@ -322,13 +321,13 @@ def level(
 
 
 def check_levels(levels: Any) -> None:
-    """Refuses all but the two names."""
+    """Refuses all but the names of the two kinds of levels."""
     if not isinstance(levels, str) or levels not in PLANES:
         raise ValueError(f"levels must be 'binary' or 'ternary', not {levels!r}.")
 
 
 def _check_steps(steps: Any) -> Any:
-    """Integers of Python and NumPy, or of JAX, as ``inject_hyperparams`` makes them."""
+    """Takes integers, also those of JAX, which ``inject_hyperparams`` makes."""
     if isinstance(steps, Tracer):
         if steps.shape or not jnp.issubdtype(steps.dtype, jnp.integer):
             raise TypeError(f"steps must be an integer, not {steps!r}.")
@@ -340,7 +339,7 @@ def _check_steps(steps: Any) -> Any:
 
 
 def _scale(where: str, volume: Any, leaf: jax.Array) -> jax.Array:
-    """A layer's ``V`` in the dtype of its weights, with as many axes or none."""
+    """Rounds a layer's ``V`` to the dtype of its weights, with as many axes or none."""
     if not is_real(volume):
         raise TypeError(
             f"{where} must be a number or an array (the value of a schedule, since "
@@ -357,22 +356,22 @@ def _scale(where: str, volume: Any, leaf: jax.Array) -> jax.Array:
             )
     wide = compute_dtype(leaf.dtype)
     scale = round_to(jnp.asarray(volume, wide), leaf.dtype).astype(leaf.dtype)
-    # As many axes as the weight, for users who forbid JAX to promote ranks.
+    # It gets as many axes as the weight, for users who forbid JAX to promote ranks.
     missing = leaf.ndim - scale.ndim if scale.ndim else 0
     return scale.reshape((1,) * missing + scale.shape)
 
 
-def _quantize(caller, params, volume, levels, mask, dims):
-    leaves, treedef = jax.tree.flatten(params)
-    weights = weights_with_scales(caller, params, volume, mask, dims)
-    for index, weight in weights.items():
-        leaves[index] = _nearest(weight.leaf, weight.scale, levels)
-    return jax.tree.unflatten(treedef, leaves)
+def _quantize(
+    caller: str, params: Any, volume: Any, levels: str, mask: Mask, dims: Dims
+) -> Any:
+    scales = scales_of(caller, params, volume, mask, dims)
+    nearest = {i: _nearest(w, scales[i], levels) for i, w in each(params, scales)}
+    return replaced(params, nearest, params)
 
 
 @functools.partial(jax.jit, static_argnums=2)  # traced once for all weights of a shape
 def _nearest(w: jax.Array, scale: jax.Array, levels: str) -> jax.Array:
-    """Every weight's level; NaN has none."""
+    """Moves every weight to its level; NaN has none."""
     return jnp.where(jnp.isnan(w), w, level(*codes(w, scale, levels), scale))
 
 
@@ -381,14 +380,14 @@ def _distance(w, scale, levels, stacked):
     dtype = compute_dtype(w.dtype)
     axes = [a for a in range(w.ndim) if a not in stacked]
     gap = jnp.abs(w.astype(dtype) - _nearest(w, scale, levels).astype(dtype))
-    # Of what is not at its level, or a V of 0 would divide 0.
+    # Only what is not at its level is divided, or a V of 0 would divide 0.
     share = jnp.where(gap == 0, gap, gap / scale.astype(dtype))
     return jnp.sum(share, axes) / max(math.prod(w.shape[a] for a in axes), 1)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _to_level(p, u, scale, levels, due):
-    """One weight's update, which leads to its level if a quantization is due."""
+    """Changes one weight's update to lead to a level if a quantization is due."""
     p_dtype, u_dtype = p.dtype, jnp.promote_types(p.dtype, u.dtype)
     dtype = compute_dtype(u_dtype)
     p, u = p.astype(dtype), u.astype(dtype)

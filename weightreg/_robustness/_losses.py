@@ -15,8 +15,13 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from weightreg._core._numbers import check_count, check_scalar, floats, is_real
-from weightreg._volumization._reach import compute_dtype
+from weightreg._core._arguments import (
+    check_count,
+    check_scalar,
+    compute_dtype,
+    floats,
+    is_real,
+)
 
 
 def generalized_cross_entropy(

@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from weightreg._core._arguments import check_count, compute_dtype, show_path
 from weightreg._core._mesh import gathered, placed
 from weightreg._core._norms import Axes, norm_of
-from weightreg._core._numbers import check_count
 from weightreg._core._scaled import Scaled, or_one
-from weightreg._core._trees import show_path
-from weightreg._volumization._reach import compute_dtype
 
 _FROBENIUS = (2.0, 2.0)
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weightreg._core._numbers import Number
+from weightreg._core._arguments import Number
 from weightreg._core._weights import Dims, Mask
-from weightreg._volumization._volumize import volumized
+from weightreg._volumization._volumized import volumized
 
 
 class ScaleByLapropState(NamedTuple):
@@ -80,7 +80,7 @@ def scale_by_laprop(
     def update_fn(updates, state, params=None):
         del params
         updates = jax.tree.map(jnp.asarray, updates)
-        # They would broadcast otherwise.
+        # Trees of other shapes would broadcast without a word.
         chex.assert_trees_all_equal_shapes(updates, state.mu, state.nu)
         count = optax.safe_increment(state.count)
         rates = (b1, 1 - b1, b2, 1 - b2)  # in Python, where 1 - 0.999 is exact
@@ -113,10 +113,11 @@ def laprop(
 
     Args:
       learning_rate: A number, a traced scalar or a schedule; its authors use 4e-4.
-      b1: As in `scale_by_laprop`.
-      b2: As in `scale_by_laprop`.
-      eps: As in `scale_by_laprop`.
-      mu_dtype: As in `scale_by_laprop`.
+      b1: Decay of the average of normalized gradients.
+      b2: Decay of the average of squared gradients.
+      eps: Added to the denominator. Where both are 0 the update is 0.
+      mu_dtype: Dtype of the average of normalized gradients, by default the
+        parameter's.
 
     Returns:
       An optimizer.
@@ -156,25 +157,31 @@ def volumized_sgd(
     .. math::
       m \leftarrow \mu m + g, \qquad \hat w \leftarrow w - \lambda m
 
-    and then, where :math:`|\hat w| > V`, the wall as in `volumized`. The gradient is
-    not dampened.
+    and then, where :math:`|\hat w| > V`, weight and momentum are pulled back as
+    `volumized` says. The gradient is not dampened.
 
     Args:
       learning_rate: :math:`\lambda`, a number, a traced scalar or a schedule.
       momentum: :math:`\mu`, in [0, 1); 0 is plain SGD.
-      volume: As in `volumize`.
-      alpha: As in `volumize`.
-      nesterov: As in ``optax.sgd``.
-      accumulator_dtype: As in ``optax.sgd``.
-      mask: As in `volumize`.
-      dims: As in `volumize`.
+      volume: The wall ``V >= 0``, in units of the weights: a number, a tree of numbers
+        that matches the parameters or a prefix of them, or a function of the parameters
+        that makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
+      alpha: How much of what is outside is left there, in [-1, 1]: a number, a schedule
+        or a traced scalar.
+      nesterov: Whether the step looks ahead by Nesterov's rule, as ``optax.sgd`` does.
+      accumulator_dtype: Dtype of the momentum, by default the parameter's.
+      mask: Which leaves to volumize: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
       An optimizer that needs ``params``.
 
     Raises:
-      ValueError: As in `volumize`.
-      TypeError: As in `volumize`.
+      ValueError: ``alpha`` is outside [-1, 1], ``V`` is negative or NaN, a tree does
+        not match the parameters, a rule meets a leaf without fans, or ``update`` is
+        not given ``params``.
+      TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
 
     References:
       Ziyin et al., Volumization, 2020, Algorithm 2.
@@ -209,28 +216,36 @@ def volumized_adam(
       \hat w \leftarrow w - \lambda
         \frac{m / (1 - \beta_1^t)}{\sqrt{n / (1 - \beta_2^t)} + \epsilon}
 
-    and then, where :math:`|\hat w| > V`, the wall as in `volumized`.
+    and then, where :math:`|\hat w| > V`, weight and momentum are pulled back as
+    `volumized` says.
 
     Args:
       learning_rate: :math:`\lambda`, a number, a traced scalar or a schedule.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the denominator.
-      eps_root: As in ``optax.adam``. Positive, it keeps derivatives with respect to
-        hyperparameters finite where gradients are 0.
-      volume: As in `volumize`.
-      alpha: As in `volumize`.
-      nesterov: As in ``optax.adam``.
-      mu_dtype: As in ``optax.adam``.
-      mask: As in `volumize`.
-      dims: As in `volumize`.
+      eps_root: Added under the root. If it is positive, derivatives with respect to
+        hyperparameters are finite also where gradients are 0.
+      volume: The wall ``V >= 0``, in units of the weights: a number, a tree of numbers
+        that matches the parameters or a prefix of them, or a function of the parameters
+        that makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
+      alpha: How much of what is outside is left there, in [-1, 1]: a number, a schedule
+        or a traced scalar.
+      nesterov: Whether the step looks ahead by Nesterov's rule, as ``optax.adam``
+        does.
+      mu_dtype: Dtype of the first moment, by default the parameter's.
+      mask: Which leaves to volumize: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
       An optimizer that needs ``params``.
 
     Raises:
-      ValueError: As in `volumize`.
-      TypeError: As in `volumize`.
+      ValueError: ``alpha`` is outside [-1, 1], ``V`` is negative or NaN, a tree does
+        not match the parameters, a rule meets a leaf without fans, or ``update`` is
+        not given ``params``.
+      TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
 
     References:
       Ziyin et al., Volumization, 2020, Algorithm 3, whose update line is garbled and
@@ -259,25 +274,32 @@ def volumized_laprop(
     r"""Volumized LaProp: `volumized` around `laprop`, which the paper recommends.
 
     The step is `scale_by_laprop`'s times ``-learning_rate``, and then, where
-    :math:`|\hat w| > V`, the wall as in `volumized`.
+    :math:`|\hat w| > V`, weight and momentum are pulled back as `volumized` says.
 
     Args:
       learning_rate: A number, a traced scalar or a schedule.
-      b1: As in `scale_by_laprop`.
-      b2: As in `scale_by_laprop`.
-      eps: As in `scale_by_laprop`.
-      volume: As in `volumize`.
-      alpha: As in `volumize`.
-      mu_dtype: As in `scale_by_laprop`.
-      mask: As in `volumize`.
-      dims: As in `volumize`.
+      b1: Decay of the average of normalized gradients.
+      b2: Decay of the average of squared gradients.
+      eps: Added to the denominator. Where both are 0 the update is 0.
+      volume: The wall ``V >= 0``, in units of the weights: a number, a tree of numbers
+        that matches the parameters or a prefix of them, or a function of the parameters
+        that makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
+      alpha: How much of what is outside is left there, in [-1, 1]: a number, a schedule
+        or a traced scalar.
+      mu_dtype: Dtype of the average of normalized gradients, by default the
+        parameter's.
+      mask: Which leaves to volumize: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
       An optimizer that needs ``params``.
 
     Raises:
-      ValueError: As in `volumize`.
-      TypeError: As in `volumize`.
+      ValueError: ``alpha`` is outside [-1, 1], ``V`` is negative or NaN, a tree does
+        not match the parameters, a rule meets a leaf without fans, or ``update`` is
+        not given ``params``.
+      TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
 
     References:
       Ziyin et al., Volumization, 2020, Algorithm 4.
@@ -292,12 +314,12 @@ def volumized_laprop(
 
 @jax.jit  # traced once for all weights of one shape
 def _laprop_step(g, mu, nu, rates, corrections, eps):
-    """One leaf's update, ``mu`` and ``nu``."""
+    """Makes one leaf's update, and its new ``mu`` and ``nu``."""
     b1, c1, b2, c2 = rates
     wide = jnp.promote_types(g.dtype, nu.dtype)
     g_wide, mu_wide = g.astype(wide), mu.astype(wide)
     nu_new = (b2 * nu + c2 * jnp.real(g_wide * jnp.conj(g_wide))).astype(nu.dtype)
-    # The root has no derivative at 0, which that by a hyperparameter would ask for.
+    # The root has no derivative at 0, which one by a hyperparameter would ask for.
     root = jnp.sqrt(jnp.where(nu_new == 0, 1, nu_new) / corrections[1])
     scale = jnp.where(nu_new == 0, 0, root) + eps
     normal = jnp.where(scale == 0, 0, g_wide / jnp.where(scale == 0, 1, scale))

@@ -1,4 +1,4 @@
-"""The size of the box: rules that give every layer its volume, and their checking."""
+"""The size of the box: rules that give every layer its volume, and their checks."""
 
 import dataclasses
 import math
@@ -10,17 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from weightreg._core._numbers import Number, check_shape, is_real
-from weightreg._core._trees import is_function, is_hole, match, show_path
+from weightreg._core._arguments import (
+    Number,
+    check_scheduled,
+    check_shape,
+    given,
+    is_function,
+    is_hole,
+    is_real,
+    match,
+    refuse_step_count,
+    show_path,
+)
 from weightreg._core._weights import (
     Dims,
     Mask,
     WeightLayer,
+    check_dtypes,
     mask_leaves,
-    refuse_step_count,
     weight_layers,
 )
-from weightreg._volumization._reach import SUPPORTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +37,9 @@ class VolumeRule:
     """A function of the parameters that gives each weight its volume.
 
     Attributes:
-      volumes: From all layers to one volume each.
-      mask: Which leaves are weights; by default what `volumize` was told.
-      dims: What their axes mean; by default what `volumize` was told.
+      volumes: A function from all layers to one volume for each.
+      mask: Which leaves are weights; by default `volumize` says it.
+      dims: What their axes mean; by default `volumize` says it.
     """
 
     volumes: Callable[[tuple[WeightLayer, ...]], list[Number]]
@@ -38,7 +47,7 @@ class VolumeRule:
     dims: Dims = None
 
     def __call__(self, params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
-        """The tree of volumes, with ``None`` for leaves that are no weights."""
+        """Makes the tree of volumes, with ``None`` for leaves that are no weights."""
         refuse_step_count("volume", params)
         own = {"mask": self.mask, "dims": self.dims}
         given = {"mask": mask, "dims": dims}
@@ -66,9 +75,11 @@ def he_volume(
       v: The box in units of that support: a number, a traced array or a schedule.
         The paper takes it from {0.25, 0.5, 1, 2}; smaller regularizes more.
       fan: ``"out"`` as in the paper, ``"in"``, or ``"avg"`` for their mean.
-      mask: Which leaves are weights. By default what `volumize` was told, and else
-        as in `weight_mask`.
-      dims: What the axes mean, likewise, as in `weight_layers`.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default the ``mask`` of `volumize` decides, and
+        without one `weight_mask`.
+      dims: What the axes of the weights mean: see `weight_layers`. By default the
+        ``dims`` of `volumize` say it.
 
     Returns:
       A function from parameters to a tree of volumes, ``None`` where a leaf is no
@@ -79,8 +90,8 @@ def he_volume(
 
     References:
       Ziyin et al., Volumization as a Natural Generalization of Weight Decay, 2020,
-      section 2. Whether its "number of fan-out channels" counts the window it does
-      not say; here it does, as in He et al., 2015.
+      section 2. It does not say whether its "number of fan-out channels" counts the
+      window. Here it does, which agrees with He et al., 2015.
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,7 +110,7 @@ def he_volume(
 
     def volume(layer: WeightLayer) -> Number:
         h = fans[fan](layer)
-        if not h:  # a layer without elements has no wall that could matter
+        if not h:  # for a layer without elements no wall matters
             return math.inf
         return _lift(lambda v: v * math.sqrt(6 / h), v)
 
@@ -120,18 +131,21 @@ def lipschitz_volume(
     :math:`c^{1/L}`, hence a chain of these ``L`` layers and 1-Lipschitz activations
     changes by at most ``c`` times the change of its input, in the Euclidean norm.
 
-    It holds for chains of dense layers and convolutions (any stride, with padding by
-    zeros, or circular padding of images at least as large as the window) up to the
-    rounding of ``V`` to the weights' dtype, and needs ``alpha <= 0`` and, for
-    ``alpha < 0``, the condition on reflections in `volumize`. It says nothing about
-    layers that ``mask`` leaves out, about normalization, attention, or branches that
-    are added.
+    The bound holds for chains of dense layers and convolutions (any stride, with
+    padding by zeros, or circular padding of images at least as large as the window) up
+    to the rounding of ``V`` to the weights' dtype. It needs ``alpha <= 0`` and, for
+    ``alpha < 0``, the condition on reflections that `volumize` states. It says nothing
+    about layers that ``mask`` leaves out, about normalization, attention, or branches
+    that are added.
 
     Args:
       bound: Lipschitz constant ``c`` of the whole network, greater than or equal to
         0: a number, a traced array or a schedule. Stacked layers count one by one.
-      mask: As in `he_volume`.
-      dims: As in `he_volume`.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default the ``mask`` of `volumize` decides, and
+        without one `weight_mask`.
+      dims: What the axes of the weights mean: see `weight_layers`. By default the
+        ``dims`` of `volumize` say it.
 
     Returns:
       A function from parameters to a tree of volumes, ``None`` where a leaf is no
@@ -153,7 +167,8 @@ def lipschitz_volume(
     check_volume("bound", bound)
 
     def volumes(layers: tuple[WeightLayer, ...]) -> list[Number]:
-        # With dims, two reduction axes may be attention's or a window: assume a window.
+        # With dims, two reduction axes may be attention's or hold a window. The bound
+        # is safe if they are taken to hold one.
         windows = [
             max(math.prod(x.shape[a] for a in x.input_axes[:-1]), 1) for x in layers
         ]
@@ -192,69 +207,80 @@ def check_argument(volume: Any) -> None:
         raise TypeError("volume must be a number, a tree or a function, not None.")
 
 
+def check_alpha(alpha: Any) -> None:
+    """Refuses what is no scalar in [-1, 1], nor a schedule."""
+    if isinstance(alpha, VolumeRule):
+        raise TypeError(
+            f"alpha must be a scalar or a schedule, not the rule {alpha!r}."
+        )
+    check_scheduled("alpha", alpha, -1, 1)
+
+
 def volumes_of(
-    caller: str, params: Any, volume: Any, mask: Mask, dims: Dims
-) -> tuple[list[bool], list[Number | None]]:
-    """Which leaves are weights, and each leaf's volume, ``None`` for the others.
+    caller: str,
+    params: Any,
+    volume: Any,
+    mask: Mask,
+    dims: Dims,
+    count: jax.typing.ArrayLike | None = None,
+) -> dict[int, Number]:
+    """The volume of every weight, by its position among the leaves of ``params``.
 
-    Raises:
-      ValueError: As `resolve`.
-      TypeError: As `resolve`; or a weight is of a dtype that ``caller`` cannot handle.
-    """
-    flags = mask_leaves(params, mask, dims)
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), flag in zip(paths, flags, strict=True):
-        if flag and jnp.result_type(leaf) not in SUPPORTED:
-            raise TypeError(
-                f"{caller} cannot handle {show_path(path)} of dtype "
-                f"{jnp.result_type(leaf)}, only "
-                f"{', '.join(jnp.dtype(d).name for d in SUPPORTED)}. Leave it out with "
-                "mask=."
-            )
-    return flags, resolve(volume, params, flags, mask, dims)
-
-
-def resolve(
-    volume: Any, params: Any, flags: list[bool], mask: Mask, dims: Dims
-) -> list[Number | None]:
-    """One volume for every leaf that has a true flag, ``None`` for the others.
+    Args:
+      caller: Name of the function that a user has called, for errors.
+      params: The parameters.
+      volume: A number, a tree or a rule, as `volumize` describes it.
+      mask: Which leaves are weights.
+      dims: What their axes mean.
+      count: The step at which schedules are evaluated; without it they stay what they
+        are.
 
     Raises:
       ValueError: The tree does not match; a weight has no volume, a negative or NaN
         one, or one of a shape that does not broadcast to the weight's.
-      TypeError: A volume is no number, array or schedule.
+      TypeError: A volume is no number, array or schedule, or a weight is of a dtype
+        that ``caller`` cannot handle.
     """
+    flags = mask_leaves(params, mask, dims)
+    weights = [index for index, flag in enumerate(flags) if flag]
+    check_dtypes(caller, params, weights)
     paths = jax.tree_util.tree_leaves_with_path(params)
     if not paths:
-        return []
-    if isinstance(volume, VolumeRule):
-        tree = volume(params, mask=mask, dims=dims)
-    elif is_function(volume) and not _is_schedule(volume, params):
-        try:
-            tree = volume(params)
-        except Exception as error:
-            error.add_note(
-                "volume was taken for a function of the parameters, since it gives no "
-                "scalar for a step count. Schedules of arrays go into a tree."
-            )
-            raise
-    else:
-        tree = volume
-    found = match("volume", tree, params)
-    volumes: list[Any] = []
-    for (path, leaf), entry, flag in zip(paths, found, flags, strict=True):
+        return {}
+    found = match("volume", _tree(volume, params, mask, dims), params)
+    volumes: dict[int, Any] = {}
+    for index in weights:
+        path, leaf = paths[index]
+        entry: Any = found[index]
         where = f"volume at {show_path(path)}"
-        if flag and is_hole(entry):
+        if is_hole(entry):
             raise ValueError(
                 f"{where} is missing, though the leaf (shape {jnp.shape(leaf)}) is a "
                 "weight. Give it a volume, or leave it out with mask=."
             )
-        if flag:
-            check_volume(where, entry)
-            if not callable(entry):
-                check_shape(where, jnp.shape(entry), jnp.shape(leaf))
-        volumes.append(entry if flag else None)
+        check_volume(where, entry)
+        if callable(entry) and count is not None:
+            entry = given(where, entry(count), jnp.shape(leaf))
+        elif not callable(entry):
+            check_shape(where, jnp.shape(entry), jnp.shape(leaf))
+        volumes[index] = entry
     return volumes
+
+
+def _tree(volume: Any, params: Any, mask: Mask, dims: Dims) -> Any:
+    """What a number, a tree or a rule says of these parameters."""
+    if isinstance(volume, VolumeRule):
+        return volume(params, mask=mask, dims=dims)
+    if not is_function(volume) or _is_schedule(volume, params):
+        return volume
+    try:
+        return volume(params)
+    except Exception as error:
+        error.add_note(
+            "volume was taken for a function of the parameters, since it gives no "
+            "scalar for a step count. Schedules of arrays go into a tree."
+        )
+        raise
 
 
 def _lift(fn: Callable[[Any], Any], number: Number) -> Number:

@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from weightreg._core._arguments import (
+    check_scalar,
+    compute_dtype,
+    is_function,
+    is_hole,
+    match,
+)
 from weightreg._core._norms import Axes
-from weightreg._core._numbers import check_scalar
-from weightreg._core._trees import is_function, is_hole, match
 from weightreg._core._weights import (
     Dims,
     Mask,
@@ -17,7 +22,6 @@ from weightreg._core._weights import (
     refuse_step_count,
     weight_layers,
 )
-from weightreg._volumization._reach import compute_dtype
 
 
 def cnn_exponents(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,27 @@ import optax
 from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
-from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
 
+from weightreg._core._arguments import (
+    CountState,
+    Number,
+    at,
+    check_params,
+    check_scheduled,
+    compute_dtype,
+    each_with_update,
+    floats,
+    is_real,
+    replaced,
+)
 from weightreg._core._mesh import placed
-from weightreg._core._numbers import Number, at, check_scalar, floats, is_real
-from weightreg._core._trees import leaves_like
-from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
-from weightreg._volumization._reach import SUPPORTED, compute_dtype
-
-
-class ParsevalState(NamedTuple):
-    """State of `parseval`.
-
-    Attributes:
-      count: Steps taken, for schedules; int32 scalar.
-    """
-
-    count: jax.typing.ArrayLike
+from weightreg._core._weights import (
+    Dims,
+    Mask,
+    WeightLayer,
+    check_dtypes,
+    weight_layers,
+)
 
 
 def parseval(
@@ -104,27 +108,22 @@ def parseval(
       Array([[ 0.6875,  0.    ],
              [ 0.    , -1.    ]], dtype=float32)
     """
-    if not callable(beta):
-        check_scalar("beta", beta, 0, math.inf, "a scalar or a schedule")
+    check_scheduled("beta", beta, 0, math.inf)
 
     def init_fn(params):
         _layers(params, mask, dims)
-        return ParsevalState(count=jnp.zeros([], jnp.int32))
+        return CountState.zero()
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        check_params(params)
         layers = _layers(params, mask, dims)
-        leaves, treedef = jax.tree.flatten(params)
-        wanted = [layer.index for layer in layers]
-        flat = leaves_like("updates", updates, params, wanted)
-        now = at("beta", beta, state.count, ())
-        for i, layer in zip(wanted, layers, strict=True):
-            p, u = jnp.asarray(leaves[i]), jnp.asarray(flat[i])
-            flat[i] = _step(p, u, now, *_gram_axes(layer))
-        count = optax.safe_increment(state.count)
-        return jax.tree.unflatten(treedef, flat), ParsevalState(count=count)
+        now = at("beta", beta, state.count)
+        stepped = {
+            i: _step(w, u, now, *_gram_axes(layers[i]))
+            for i, w, u in each_with_update(params, updates, layers)
+        }
+        return replaced(updates, stepped, params), state.next()
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -232,15 +231,8 @@ def _gram_axes(layer: WeightLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return kept, layer.stack_axes
 
 
-def _layers(params: Any, mask: Mask, dims: Dims) -> tuple[WeightLayer, ...]:
-    leaves = jax.tree.leaves(params)
-    layers = weight_layers(params, mask=mask, dims=dims)
-    for layer in layers:
-        dtype = jnp.result_type(leaves[layer.index])
-        if dtype not in SUPPORTED:
-            raise TypeError(
-                f"parseval cannot handle {layer.path} of dtype {dtype}, only "
-                f"{', '.join(jnp.dtype(d).name for d in SUPPORTED)}. Leave it out with "
-                "mask=."
-            )
+def _layers(params: Any, mask: Mask, dims: Dims) -> dict[int, WeightLayer]:
+    """The layers by the positions of their weights, whose dtypes are checked."""
+    layers = {x.index: x for x in weight_layers(params, mask=mask, dims=dims)}
+    check_dtypes("parseval", params, layers)
     return layers

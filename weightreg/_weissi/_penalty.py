@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from weightreg._core._arguments import check_scalar, compute_dtype
 from weightreg._core._norms import (
     Axes,
     Norm,
@@ -23,7 +24,6 @@ from weightreg._core._norms import (
     power_iteration,
     start_vector,
 )
-from weightreg._core._numbers import check_scalar
 from weightreg._core._scaled import (
     Scaled,
     add,
@@ -33,7 +33,6 @@ from weightreg._core._scaled import (
     scaled,
     times_power,
 )
-from weightreg._volumization._reach import compute_dtype
 from weightreg._weissi._exponents import Weights
 
 _WARM_UP = 30  # power iterations in init, where they cost nothing

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from weightreg._core._arguments import is_real
 from weightreg._core._chain import (
     Chain,
     LayerOrder,
@@ -18,7 +19,6 @@ from weightreg._core._chain import (
     chain_of,
     stack_of,
 )
-from weightreg._core._numbers import is_real
 from weightreg._core._scaled import (
     Scaled,
     cumulative_product,

@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
 
+from weightreg._core._arguments import (
+    Number,
+    at,
+    check_count,
+    check_params,
+    each_with_update,
+    replaced,
+)
 from weightreg._core._norms import Norm
-from weightreg._core._numbers import Number, at, check_count
-from weightreg._core._trees import leaves_like
 from weightreg._core._weights import Dims, Mask
 from weightreg._weissi._exponents import Weights
 from weightreg._weissi._penalty import (
@@ -230,10 +235,8 @@ def add_weissi(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS_MSG)
+        check_params(params)
         weights = Weights.of(params, exponents, mask, dims)
-        flat = leaves_like("updates", updates, params, weights.indices())
         vectors = state.vectors
         if iterations is not None and form.is_spectral():
             found = weights.pick(params, vectors)
@@ -242,17 +245,19 @@ def add_weissi(
         else:
             sizes = measure_all(form, weights.axes(), weights.arrays())
         hyper = Hyper.of(
-            at("energy", energy, state.count, ()),
-            at("complexity", complexity, state.count, ()),
+            at("energy", energy, state.count),
+            at("complexity", complexity, state.count),
             weights,
         )
+        indices = weights.indices()
         gradients = penalty_gradients(form, hyper, sizes)
-        for layer, gradient in zip(weights.layers, gradients, strict=True):
-            u = jnp.asarray(flat[layer.index])
-            flat[layer.index] = (u + gradient).astype(u.dtype)
-        updates = jax.tree.unflatten(jax.tree.structure(params), flat)
+        by_index = dict(zip(indices, gradients, strict=True))
+        added = {
+            i: (u + by_index[i]).astype(u.dtype)
+            for i, _, u in each_with_update(params, updates, indices)
+        }
         count = optax.safe_increment(state.count)
-        return updates, AddWeissiState(count=count, vectors=vectors)
+        return replaced(updates, added, params), AddWeissiState(count, vectors)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,4 +1,4 @@
-"""Increments that land exactly where they should once they have been added.
+"""The box: weights that leave it are pulled to its wall, and land there exactly.
 
 An Optax transformation returns an increment, and ``optax.apply_updates`` adds it in
 floating point. ``p + (t - p)`` misses ``t`` by one rounding for about every tenth
@@ -7,17 +7,80 @@ miss, or that stops short of ``t`` where no increment reaches it.
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-SUPPORTED = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+from weightreg._core._arguments import compute_dtype, each_with_update, replaced
 
 
-def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """A dtype of at least 32 bits that holds values of all ``dtypes`` exactly."""
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+def confine(
+    updates: Any,
+    params: Any,
+    volumes: Mapping[int, Any],
+    alpha: Any,
+    stepped: jax.Array | bool = True,
+) -> tuple[Any, dict[int, jax.Array]]:
+    """Changes updates so that weights stay in their boxes.
+
+    Args:
+      updates: What the optimizer would add to the parameters.
+      params: The parameters.
+      volumes: The wall of every weight that has one, by its position in ``params``.
+      alpha: How much of what is outside is left there.
+      stepped: Whether the updates are a step at all; if not, they stay as they are.
+
+    Returns:
+      The updates, and by position where the weights would have left their boxes.
+    """
+    walled = {i: v for i, v in volumes.items() if not _is_infinite(v)}
+    pulled = {
+        i: _pull(w, u, _broadcast(walled[i], w), alpha, stepped)
+        for i, w, u in each_with_update(params, updates, walled)
+    }
+    updates = replaced(updates, {i: u for i, (u, _) in pulled.items()}, params)
+    return updates, {i: outside for i, (_, outside) in pulled.items()}
+
+
+@jax.jit  # traced once for all weights of one shape
+def _pull(p, u, volume, alpha, stepped):
+    """One weight's update, and where the weight was outside.
+
+    Comparisons are such that rounding cannot turn them. XLA may contract a product
+    inside of ``u`` and the sum with ``p`` to one rounding here and to two in
+    ``optax.apply_updates``. So the sign is read off ``u > -p``, and with ``alpha = 0``
+    an update is held back also where it passes the one that reaches the wall, whatever
+    the sum says.
+    """
+    p_dtype, u_dtype = p.dtype, jnp.promote_types(p.dtype, u.dtype)
+    dtype = compute_dtype(u_dtype)
+    alpha = jnp.asarray(alpha, dtype)
+    wall = round_to(jnp.asarray(volume, dtype), p_dtype)
+    p, u = p.astype(dtype), u.astype(dtype)
+
+    positive = u > -p
+    proposed = land(p, u, p_dtype, u_dtype)
+    outside = (jnp.abs(proposed) > wall) & stepped
+    excess = jnp.where(outside, jnp.abs(proposed) - wall, 0)
+    target = round_to(wall + damp(alpha, excess), p_dtype)
+    target = jnp.where(positive, target, -target)
+    increment = reach(p, target, positive, p_dtype, u_dtype)
+
+    passes = jnp.where(positive, u > increment, u < increment)
+    hard = (alpha == 0) & (wall < jnp.inf) & stepped
+    # At alpha = 1 the increment is u but for rounding, and the derivative the same.
+    exact = jnp.where(alpha == 1, _with_derivative_of(increment, u), increment)
+    kept = jnp.where(outside | (passes & hard), exact, u)
+    return kept.astype(u_dtype), outside
+
+
+def damp(alpha: jax.Array, x: jax.Array) -> jax.Array:
+    """``alpha x``, but 0 for ``alpha = 0`` also where ``x`` is infinite."""
+    return jnp.where((alpha == 0) & jnp.isinf(x), 0, alpha * x)
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -97,3 +160,30 @@ def _neighbour(d: jax.Array, upward: jax.Array, dtype) -> jax.Array:
     pattern = lax.bitcast_convert_type(d.astype(dtype), bits)
     step = jnp.where((d > 0) == upward, 1, -1).astype(bits)
     return lax.bitcast_convert_type(pattern + step, dtype).astype(d.dtype)
+
+
+@jax.custom_jvp
+def _with_derivative_of(function: jax.Array, value: jax.Array) -> jax.Array:
+    """``value``, which is differentiated as if it were ``function``."""
+    del function
+    return value
+
+
+@_with_derivative_of.defjvp
+def _with_derivative_of_jvp(primals, tangents):
+    return _with_derivative_of(*primals), tangents[0]
+
+
+def _is_infinite(volume: Any) -> bool:
+    """Whether it is known before tracing that no weight can be outside.
+
+    Then nothing is computed at all: a comparison with infinity would already keep XLA
+    from fusing the sum of weight and update as it does without.
+    """
+    return isinstance(volume, float | np.ndarray) and bool(np.all(np.isinf(volume)))
+
+
+def _broadcast(volume: Any, weight: jax.Array) -> jax.Array:
+    """A volume as an array, explicitly for users who forbid JAX to promote ranks."""
+    volume = jnp.asarray(volume)
+    return jnp.broadcast_to(volume, weight.shape) if volume.ndim else volume

@@ -1,0 +1,123 @@
+"""States, checkpoints and packed networks of earlier versions still load.
+
+The files in ``tests/data`` were written at commit 5a8b5f9 by `OPTIMIZERS` and `packed`,
+after three of the steps that `train` takes. ``states.npz`` holds the leaves that were
+saved, and the parameters after three steps more.
+"""
+
+import functools
+import pathlib
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from optax.contrib import MuonDimensionNumbers as Dims
+
+import weightreg as wr
+
+DATA = pathlib.Path(__file__).parent / "data"
+HALF = wr.he_volume(0.5)
+
+
+def schedule(count):
+    return 1.0 - 0.05 * count
+
+
+OPTIMIZERS = {
+    "volumize": optax.chain(optax.adam(1e-2), wr.volumize(HALF, schedule)),
+    "volumized": wr.volumized(optax.adam(1e-2), HALF, schedule),
+    "volumized_laprop": wr.volumized_laprop(1e-2, volume=0.3, alpha=0.9),
+    "quantize_every": optax.chain(
+        optax.sgd(1e-2, momentum=0.9), wr.quantize_every(5, "ternary", HALF)
+    ),
+    "add_weissi": optax.chain(wr.add_weissi(schedule, 1e-3), optax.sgd(1e-2)),
+    "add_weissi_spectral": optax.chain(
+        wr.add_weissi(1e-3, 1e-3, norm="spectral"), optax.sgd(1e-2)
+    ),
+    "add_shifted_l2": optax.chain(wr.add_shifted_l2(schedule, 1e-3), optax.sgd(1e-2)),
+    "parseval": optax.chain(optax.sgd(1e-2), wr.parseval(schedule)),
+}
+
+
+def fresh():
+    """Other parameters than were saved, of the same shapes, with their states."""
+    shapes = {"Dense_0": ((6, 5), (5,)), "Dense_1": ((5, 3), (3,))}
+    params = {
+        k: {"kernel": jnp.full(kernel, 0.5), "bias": jnp.full(bias, 0.5)}
+        for k, (kernel, bias) in shapes.items()
+    }
+    return {
+        name: {"params": params, "state": tx.init(params)}
+        for name, tx in OPTIMIZERS.items()
+    }
+
+
+def from_bytes():
+    return flax.serialization.from_bytes(
+        fresh(), (DATA / "states.msgpack").read_bytes()
+    )
+
+
+def from_checkpoint():
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh())
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(DATA / "states.orbax", abstract)
+
+
+def train(tx, params, state, steps):
+    for _ in range(steps):
+        grads = jax.tree.map(lambda p: jnp.sin(3 * p), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@functools.cache
+def known():
+    return dict(np.load(DATA / "states.npz"))
+
+
+def leaves(name, kind):
+    count = sum(key.startswith(f"{name}/{kind}/") for key in known())
+    return [known()[f"{name}/{kind}/{i}"] for i in range(count)]
+
+
+@pytest.mark.parametrize("load", [from_bytes, from_checkpoint])
+def test_states_load_and_go_on(load):
+    for name, saved in load().items():
+        chex.assert_trees_all_equal(jax.tree.leaves(saved), leaves(name, "saved"))
+        saved = jax.tree.map(jnp.asarray, saved)
+        tx = OPTIMIZERS[name]
+        params, state = train(tx, saved["params"], saved["state"], 3)
+        chex.assert_trees_all_equal_structs(state, saved["state"])
+        later = leaves(name, "later")
+        chex.assert_trees_all_close(jax.tree.leaves(params), later, rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", ["binary", "ternary"])
+def test_packed_networks_load(levels):
+    packed = wr.load_packed(DATA / f"{levels}.safetensors")
+    values = np.load(DATA / "packed.npz")
+    found = jax.tree_util.tree_leaves_with_path(wr.unpack(packed))
+    assert len(found) == 3
+    for path, leaf in found:
+        expected = values[f"{levels}{jax.tree_util.keystr(path)}"]
+        np.testing.assert_array_equal(np.asarray(leaf, np.float32), expected)
+    like = {
+        "Dense_0": {"kernel": jnp.ones((9, 5)), "bias": jnp.ones(5)},
+        "Layers": {"kernel": jnp.ones((3, 4, 5), jnp.bfloat16)},
+    }
+    again = wr.load_packed(DATA / f"{levels}.safetensors", like=like)
+    chex.assert_trees_all_equal(again, packed)
+    dims = {
+        "Dense_0": {"kernel": Dims(0, 1), "bias": None},
+        "Layers": {"kernel": Dims(1, 2)},
+    }
+    volume = {"Dense_0": 0.1, "Layers": jnp.array([0.1, 0.2, 0.3]).reshape(3, 1, 1)}
+    repacked = wr.pack(wr.unpack(packed), volume, levels, dims=dims)
+    chex.assert_trees_all_equal(repacked, packed)

@@ -1,0 +1,118 @@
+"""The house: how many files a call runs through, and which way the calls go."""
+
+import ast
+import functools
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import weightreg as wr
+
+HOME = pathlib.Path(wr.__file__).parent
+PARAMS = {
+    "Dense_0": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
+    "Dense_1": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
+}
+
+
+def link(make):
+    """Makes, initializes and updates a transformation once."""
+    tx = make()
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+HALF = wr.he_volume(optax.linear_schedule(0.5, 0.25, 10))
+BOX = {"volume": HALF, "alpha": optax.linear_schedule(1.0, 0.5, 10)}
+LINKS = {
+    "volumize": lambda: wr.volumize(HALF, 0.9),
+    "volumized": lambda: wr.volumized(optax.adam(0.1), HALF, 0.9),
+    "volumized_sgd": lambda: wr.volumized_sgd(0.1, **BOX),
+    "volumized_adam": lambda: wr.volumized_adam(0.1, **BOX),
+    "volumized_laprop": lambda: wr.volumized_laprop(0.1, **BOX),
+    "laprop": lambda: wr.laprop(0.1),
+    "quantize_every": lambda: wr.quantize_every(2, "binary", HALF),
+    "parseval": lambda: wr.parseval(optax.constant_schedule(1e-3)),
+    "add_weissi": lambda: wr.add_weissi(1e-3, 1e-5),
+    "add_shifted_l2": lambda: wr.add_shifted_l2(1e-4, 1e-3),
+}
+CALLS = {name: functools.partial(link, make) for name, make in LINKS.items()} | {
+    "weissi": lambda: jax.grad(wr.weissi(1e-3, 1e-5))(PARAMS),
+    "equivalent_norm": lambda: wr.equivalent_norm()(PARAMS),
+    "pack": lambda: wr.unpack(wr.pack(PARAMS, wr.he_volume(0.5), "binary")),
+}
+# The penalty's arithmetic is spread over one file more than that of the others.
+MOST = {"add_weissi": 7, "weissi": 7, "pack": 7}
+
+
+def is_ours(code):
+    """Whether code is a function of the library; modules' own bodies are none."""
+    return code.co_filename.startswith(f"{HOME}/") and code.co_name != "<module>"
+
+
+def files_of(frame):
+    """The files of the library on the way to a frame, neighbours that agree as one."""
+    files = []
+    while frame:
+        name = frame.f_code.co_filename
+        if is_ours(frame.f_code) and files[-1:] != [name]:
+            files.append(name)
+        frame = frame.f_back
+    return files[::-1]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_runs_through_few_files_and_only_downwards(name):
+    ran, upwards = set(), set()
+
+    def tracer(frame, event, arg):
+        if is_ours(frame.f_code):
+            *above, own = files_of(frame)
+            ran.add(own)
+            if own in above:
+                upwards.add((*above, own))
+
+    jax.clear_caches()  # or what is compiled already would not run
+    sys.settrace(tracer)
+    try:
+        CALLS[name]()
+    finally:
+        sys.settrace(None)
+    assert not upwards
+    assert 1 <= len(ran) <= MOST.get(name, 6), ran
+
+
+def room(module):
+    """The folder that a module of the library is in, or the module itself."""
+    return module.split(".")[1] if "." in module else module
+
+
+def test_rooms_stand_on_each_other_without_circles():
+    """No folder imports one that imports it, and the core imports none."""
+    imports = {}
+    for file in HOME.rglob("*.py"):
+        own = file.relative_to(HOME).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module]
+            elif isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            for module in modules:
+                if module.startswith("weightreg.") and room(module) != own:
+                    imports.setdefault(own, set()).add(room(module))
+    assert "_core" not in imports
+    while imports:  # takes away what stands on nothing that is left
+        free = {own for own, used in imports.items() if not used & set(imports)}
+        assert free, imports
+        imports = {own: used for own, used in imports.items() if own not in free}
+
+
+@pytest.mark.parametrize("file", sorted(HOME.rglob("*.py")), ids=lambda file: file.stem)
+def test_flax_is_imported_by_its_own_modules_only(file):
+    imports_flax = re.search(r"^(from|import) flax\b", file.read_text(), re.MULTILINE)
+    assert bool(imports_flax) == (file.stem in ("linen", "nnx"))

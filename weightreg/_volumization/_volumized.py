@@ -1,0 +1,327 @@
+"""Volumization around any optimizer: weights are pulled back, their momentum is damped.
+
+The first moments are found in the optimizer's state, which may be wrapped and chained
+however Optax allows it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from weightreg._core._arguments import (
+    Number,
+    at,
+    check_params,
+    compute_dtype,
+    show_path,
+)
+from weightreg._core._weights import Dims, Mask
+from weightreg._volumization._box import confine, damp
+from weightreg._volumization._volumes import check_alpha, check_argument, volumes_of
+
+# States are told by the names of their classes, so that one which a version of Optax
+# lacks does no harm. A first moment is what the optimizer's step is proportional to,
+# which SM3 keeps under nu. States that are not here count if they have a field mu or
+# trace with the structure of the parameters.
+_FIELDS = {
+    "DAdaptAdamWState": ("exp_avg",),
+    "EmaState": ("ema",),
+    "MomoAdamState": ("exp_avg",),
+    "MomoState": ("exp_avg",),
+    "ProdigyState": ("exp_avg",),
+    "ScaleByAdanState": ("m",),
+    "ScaleByAdemamixState": ("m1", "m2"),
+    "ScaleByRStdDevState": (),  # its mu centres the second moment
+    "ScaleByRStdDevWithCountState": (),
+    "ScaleBySM3State": ("nu",),
+    "ScaleBySimplifiedAdEMAMixState": ("m",),
+}
+_USUAL_FIELDS = ("mu", "trace")
+
+# Moments of projected gradients are in rotated axes even where their shapes agree with
+# the parameters', and no step depends on measurements.
+_OPAQUE = frozenset({"GaLoreState", "MonitorState"})
+
+
+class VolumizedState(NamedTuple):
+    """State of `volumized`.
+
+    Attributes:
+      count: Steps taken, for schedules; int32 scalar.
+      inner_state: State of the wrapped optimizer, first moments damped.
+    """
+
+    count: jax.typing.ArrayLike
+    inner_state: optax.OptState
+
+
+def volumized(
+    optimizer: optax.GradientTransformation,
+    volume: Any,
+    alpha: Number,
+    *,
+    mask: Mask = None,
+    dims: Dims = None,
+    require_momentum: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Makes any optimizer a volumized one: weights and momentum.
+
+    With :math:`\hat w` and :math:`\hat m` the weight and the first moment after the
+    optimizer's own step, where :math:`|\hat w| > V`
+
+    .. math::
+      w \leftarrow \hat w + (1 - \alpha) (V \, \mathrm{sgn}(\hat w) - \hat w),
+      \qquad m \leftarrow \alpha \hat m,
+
+    and otherwise nothing changes, nor does any other state of the optimizer. What
+    ``alpha`` and ``V`` mean, and what is exact, is explained at `volumize`.
+
+    The first moment is ``mu`` of the Adam family, Lion and Muon, ``m`` of Adan,
+    ``trace`` of SGD and RMSProp with momentum, and so on for all of Optax. It is
+    found through ``chain``, ``masked``, ``partition``, ``inject_hyperparams``,
+    ``MultiSteps``, ``apply_if_finite`` and ``flatten``; and in optimizers of other
+    packages where a field ``mu`` or ``trace`` of a state (a ``NamedTuple``) has the
+    structure of the parameters. Where ``MultiSteps`` or ``apply_if_finite`` inside of
+    ``optimizer`` puts a step off, nothing is volumized, and schedules wait. (A rejected
+    step is known by its zeros: no link that adds to them may follow.)
+
+    .. warning::
+      ``optax.flatten`` must be inside of ``volumized``, since around it it would hide
+      which parameters are weights, and it must flatten all parameters, since inside of
+      ``masked`` or ``partition`` nothing tells which ones it has joined. ``sam`` and
+      ``conditionally_mask`` must be around ``volumized``. Nothing that changes updates
+      may come after it, but `quantize_every`. Under ``optax.inject_hyperparams``, which
+      calls every function as a schedule, name in ``static_args`` the arguments that are
+      functions of the parameters.
+
+    Args:
+      optimizer: Any Optax optimizer, learning rate included.
+      volume: The wall ``V >= 0``, in units of the weights: a number, a tree of numbers
+        that matches the parameters or a prefix of them, or a function of the parameters
+        that makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
+      alpha: How much of what is outside is left there, in [-1, 1]: a number, a schedule
+        or a traced scalar.
+      mask: Which leaves to volumize: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+      require_momentum: Whether a volumized weight without a first moment (plain SGD,
+        RMSProp) is an error. ``False`` says that it is meant.
+
+    Returns:
+      An optimizer that needs ``params``. Its state keeps its dtypes and shardings.
+
+    Raises:
+      ValueError: ``alpha`` is outside [-1, 1], ``V`` is negative or NaN, a tree does
+        not match the parameters, a rule meets a leaf without fans, or ``update`` is
+        not given ``params``; or a volumized weight has no first moment and
+        ``require_momentum`` is true.
+      TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
+
+    References:
+      Ziyin, Wang, Yamada, Ueda, Volumization as a Natural Generalization of Weight
+      Decay, 2020, Algorithm 1 (2 to 4 for SGD, Adam and LaProp).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import weightreg as wr
+      >>> tx = wr.volumized(optax.sgd(1.0, momentum=0.9), volume=0.5, alpha=0.5)
+      >>> params = jnp.array([[0.1, 0.4]])
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jnp.array([[0.2, -0.3]]), state, params)
+      >>> optax.apply_updates(params, updates)  # 0.4 + 0.3 is outside: half way back
+      Array([[-0.1,  0.6]], dtype=float32)
+      >>> optax.tree.get(state, "trace")
+      Array([[ 0.2 , -0.15]], dtype=float32)
+    """
+    check_argument(volume)
+    check_alpha(alpha)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params):
+        volumes = volumes_of("volumized", params, volume, mask, dims)
+        inner = optimizer.init(params)
+        if require_momentum:
+            _check_moments(volumes, inner, params)
+        return VolumizedState(
+            count=jnp.zeros([], jnp.int32), inner_state=_strong(inner)
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        check_params(params)
+        walls = volumes_of("volumized", params, volume, mask, dims, state.count)
+        share = at("alpha", alpha, state.count)
+        updates, inner = optimizer.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        stepped = took_step(updates, state.inner_state, inner)
+        updates, outside = confine(updates, params, walls, share, stepped)
+
+        def damped(index: int, moment: jax.Array) -> jax.Array:
+            if index not in outside:
+                return moment
+            wide = moment.astype(compute_dtype(moment.dtype))
+            less = damp(jnp.asarray(share, wide.dtype), wide).astype(moment.dtype)
+            return jnp.where(outside[index], less, moment)
+
+        inner, _ = map_moments(damped, inner, params)
+        count = jnp.where(stepped, optax.safe_increment(state.count), state.count)
+        return updates, VolumizedState(count=count, inner_state=_strong(inner))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_moments(volumes: Mapping[int, Any], state: Any, params: Any) -> None:
+    """Refuses an optimizer without a first moment for some weight that has a wall."""
+    _, covered = map_moments(lambda _, moment: moment, state, params)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for index in volumes:
+        if index not in covered:
+            raise ValueError(
+                f"optimizer keeps no first moment for {show_path(paths[index][0])} "
+                "that could be found and damped: a state's field mu or trace with the "
+                "structure of the parameters. Give it momentum (optax.sgd(..., "
+                "momentum=0.9)), leave the leaf out with mask=, or pass "
+                "require_momentum=False to volumize the weights alone."
+            )
+
+
+def _fields(node: Any) -> tuple[str, ...]:
+    """The fields of a state that may be first moments."""
+    names = getattr(node, "_fields", ())
+    wanted = _FIELDS.get(type(node).__name__, _USUAL_FIELDS)
+    return tuple(name for name in wanted if name in names)
+
+
+def map_moments(
+    scale: Callable[[int, jax.Array], jax.Array], state: Any, params: Any
+) -> tuple[Any, set[int]]:
+    """Applies ``scale(index, moment)`` to every leaf of every first moment.
+
+    Args:
+      scale: Takes the index of a leaf of ``params`` and this leaf's first moment, of
+        the same shape.
+      state: State of an optimizer, wrapped and chained however it may be.
+      params: The parameters which the state was made for.
+
+    Returns:
+      The new state, and the indices of the leaves that have a first moment.
+    """
+    treedef = jax.tree.structure(params)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    index_of = {path: index for index, (path, _) in enumerate(paths)}
+    shapes = [jnp.shape(leaf) for _, leaf in paths]
+    covered: set[int] = set()
+
+    def map_tree(moment: Any) -> Any | None:
+        """Scales a first moment, if it has the parameters' structure."""
+        leaves = jax.tree_util.tree_leaves_with_path(moment)
+        indices = [index_of.get(path, -1) for path, _ in leaves]
+        pieces = [leaf for _, leaf in leaves]
+        if all(
+            i >= 0 and jnp.shape(m) == shapes[i]
+            for i, m in zip(indices, pieces, strict=True)
+        ):
+            covered.update(indices)
+            scaled = [scale(i, m) for i, m in zip(indices, pieces, strict=True)]
+            return jax.tree.unflatten(jax.tree.structure(moment), scaled)
+        return map_flat(pieces)
+
+    def map_flat(pieces: list[Any]) -> Any | None:
+        """Scales the one vector that ``optax.flatten`` makes of all leaves."""
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        if not shapes or len(pieces) != 1 or jnp.shape(pieces[0]) != (ends[-1],):
+            return None
+        covered.update(range(len(shapes)))
+        scaled = [
+            scale(i, piece.reshape(shapes[i])).ravel()
+            for i, piece in enumerate(jnp.split(pieces[0], ends[:-1]))
+        ]
+        return jnp.concatenate(scaled)
+
+    def map_node(node: Any) -> Any:
+        if stop(node) or not (moments := _fields(node)):
+            return node
+        new = {}
+        for name in node._fields:
+            value = getattr(node, name)
+            scaled = map_tree(value) if name in moments else None
+            new[name] = walk(value) if scaled is None else scaled
+        return type(node)(**new)
+
+    def stop(node: Any) -> bool:
+        # Parameters may themselves be named tuples with a field called mu.
+        return type(node).__name__ in _OPAQUE or jax.tree.structure(node) == treedef
+
+    def walk(tree: Any) -> Any:
+        return jax.tree.map(
+            map_node, tree, is_leaf=lambda node: stop(node) or bool(_fields(node))
+        )
+
+    return walk(state), covered
+
+
+def took_step(updates: Any, before: Any, after: Any) -> jax.Array | bool:
+    """Whether an optimizer has stepped, which wrappers inside it may have put off.
+
+    Args:
+      updates: What the optimizer proposes.
+      before: Its state before the step.
+      after: Its state after the step.
+
+    Raises:
+      ValueError: Only some of the parameters' optimizers put off their steps, or a
+        wrapper puts them off and does not tell.
+    """
+    silent = (optax.ApplyEvery, optax.ConditionallyMaskState, optax.contrib.SAMState)
+    waits = (optax.MultiStepsState, optax.ApplyIfFiniteState)
+    parts = (optax.transforms.PartitionState, optax.MaskedState)
+
+    def find(tree: Any, kinds: tuple[type, ...]) -> list[Any]:
+        is_kind = lambda node: isinstance(node, kinds)  # noqa: E731
+        return [n for n in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(n)]
+
+    if find(after, silent):
+        raise ValueError(
+            "volumized cannot wrap conditionally_mask, sam or apply_every, whose "
+            "states do not tell which updates are steps. Put them around volumized "
+            "(and MultiSteps in the place of apply_every)."
+        )
+    if any(find(part, waits) for part in find(after, parts)):
+        raise ValueError(
+            "volumized cannot wrap MultiSteps or apply_if_finite inside of partition "
+            "or masked, where some parameters step and others wait. Put MultiSteps or "
+            "apply_if_finite around volumized."
+        )
+    stepped: jax.Array | bool = True
+    for old, new in zip(find(before, waits), find(after, waits), strict=True):
+        if isinstance(new, optax.MultiStepsState):
+            stepped &= new.gradient_step != old.gradient_step
+            inner = old.inner_opt_state, new.inner_opt_state
+        else:
+            # A rejected step proposes zeros. One that is not finite but accepted (too
+            # many errors in a row) does not.
+            moves = [jnp.any(u != 0) for u in jax.tree.leaves(updates)]
+            stepped &= new.last_finite | jnp.any(jnp.array(moves))
+            inner = old.inner_state, new.inner_state
+        stepped &= took_step(updates, *inner)
+    return stepped
+
+
+def _strong(state: Any) -> Any:
+    """Takes weak types off a state, so that its types never change between steps.
+
+    ``optax.adam`` starts with weak moments for weak parameters, and ends with strong.
+    """
+
+    def strong(x):
+        weak = isinstance(x, jax.Array) and x.aval.weak_type
+        return lax.convert_element_type(x, x.dtype) if weak else x
+
+    return jax.tree.map(strong, state)
