@@ -244,7 +244,7 @@ def test_dtypes(dtype, expected):
             (1.0,),
             {},
             ValueError,
-            r"args\[0\] has shape \(\)",
+            r"args\[0\] must have the first axis of x.* has shape \(\)",
         ),
         (jnp.sum, jnp.ones(3), (), {"batch_size": 0}, ValueError, "be 1 or more"),
         (jnp.sum, jnp.ones(3), (), {"batch_size": 1.5}, TypeError, "an integer"),

@@ -1,4 +1,4 @@
-"""Matching the trees that users give to trees of parameters."""
+"""What users pass: trees matched to parameters, updates, numbers and schedules."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,18 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightreg._core._arguments import match, show_path
+from weightreg._core._arguments import (
+    CountState,
+    at,
+    check_count,
+    check_params,
+    check_scalar,
+    each,
+    each_with_update,
+    match,
+    replaced,
+    show_path,
+)
 
 HOLES = [None, optax.MaskedNode()]
 SMALL = {"a": {"kernel": 1.0, "bias": 2.0}, "b": [3.0, {"kernel": 4.0}]}
@@ -189,3 +200,79 @@ def test_show_path_writes_paths_as_code():
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     assert list(map(show_path, paths)) == ["['a'][0]", "['a'][1]['kernel']"]
     assert show_path(()) == "(the whole tree)"
+
+
+NET = {"a": jnp.ones((2, 3)), "b": None, "c": [jnp.zeros(4), 2.0]}
+
+
+def test_leaves_come_with_their_positions_and_go_back_there():
+    found = dict(each(NET, [2, 0]))
+    assert list(found) == [2, 0] and found[2] == 2.0 and found[0].shape == (2, 3)
+    updates = jax.tree.map(lambda x: -jnp.ones_like(x), NET)
+    for index, leaf, update in each_with_update(NET, updates, [1]):
+        assert index == 1 and leaf.shape == update.shape == (4,)
+    new = replaced(updates, {1: "new"}, NET)
+    assert new["c"][0] == "new" and new["a"] is updates["a"] and new["b"] is None
+
+
+def test_updates_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="updates must have the structure of params"):
+        list(each_with_update(NET, {"a": 1.0}, [0]))
+    wrong = {"a": jnp.ones((3, 2)), "b": None, "c": [jnp.ones(5), 1.0]}
+    message = r"updates has shape \(3, 2\) at \['a'\], where params has \(2, 3\)"
+    with pytest.raises(ValueError, match=message):
+        list(each_with_update(NET, wrong, [0]))
+    list(each_with_update(NET, wrong, [2]))  # what is not wanted is not looked at
+
+
+def test_missing_parameters_are_optaxs_error():
+    with pytest.raises(ValueError) as ours:
+        check_params(None)
+    with pytest.raises(ValueError) as optaxs:
+        decay = optax.add_decayed_weights(0.1)
+        decay.update(NET, decay.init(NET), None)
+    assert str(ours.value) == str(optaxs.value)
+    check_params({})
+
+
+def test_counts_stop_at_the_largest_integer():
+    assert CountState.zero().next() == CountState(1)
+    most = jnp.iinfo(jnp.int32).max
+    assert CountState(jnp.asarray(most, jnp.int32)).next() == CountState(most)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (2.0, ValueError, r"alpha must be in \[-1, 1\], but is 2.0"),
+        (float("nan"), ValueError, r"alpha must be in \[-1, 1\], but is nan"),
+        ([0.5], TypeError, r"alpha must be a scalar, not \[0.5\]"),
+        ("a", TypeError, "alpha must be a scalar, not 'a'"),
+        (1j, TypeError, "alpha must be a scalar"),
+    ],
+)
+def test_scalars_are_checked(value, error, message):
+    with pytest.raises(error, match=message):
+        check_scalar("alpha", value, -1, 1)
+    check_scalar("alpha", np.float32(-1), -1, 1)
+    with pytest.raises(ValueError, match="at least 0 and finite, but is inf"):
+        check_scalar("energy", float("inf"), 0, float("inf"))
+
+
+@pytest.mark.parametrize("value", [1.5, True, "2", None, np.float64(2)])
+def test_counts_are_integers(value):
+    with pytest.raises(TypeError, match="steps must be an integer"):
+        check_count("steps", value, 1)
+    assert check_count("steps", np.int8(3), 1) == 3
+    with pytest.raises(ValueError, match="steps must be 1 or more, but is 0"):
+        check_count("steps", 0, 1)
+
+
+def test_schedules_are_evaluated_and_what_they_give_is_checked():
+    assert at("volume", 0.5, jnp.zeros([], int)) == 0.5
+    assert at("volume", lambda count: count + 1, 2) == 3
+    assert at("volume", lambda count: jnp.ones(3), 0, (2, 3)).shape == (3,)
+    with pytest.raises(TypeError, match="a schedule of numbers, but gives 'x'"):
+        at("volume", lambda count: "x", 0)
+    with pytest.raises(ValueError, match="must be a scalar, but has shape"):
+        at("alpha", lambda count: jnp.ones(3), 0)
