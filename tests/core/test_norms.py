@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from weightreg._core._norms import (
     Axes,
+    Scaled,
+    add,
     measure,
     parse_norm,
     power_iteration,
+    split,
     start_vector,
+    times_power,
 )
-from weightreg._core._scaled import Scaled, add, split, times_power
 
 NORMS = [(1.0, 1.0), (2.0, 2.0), (2.0, 1.0), (1.0, 3.5), (7.0, 7.0)]
 NORMS += [(math.inf, math.inf), (math.inf, 2.0), (200.0, 200.0), "spectral"]

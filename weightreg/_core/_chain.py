@@ -1,6 +1,6 @@
 """A chain of layers: which weights, in what order, with which biases.
 
-No tree says in which order a network calls its layers. Where that matters, users name
+No tree says in which order a network calls its layers. Where that matters users name
 the layers, and only this file reads the names.
 """
 
@@ -16,26 +16,28 @@ from jax.tree_util import GetAttrKey
 
 from weightreg._core._arguments import KeyPath, compute_dtype, show_path
 from weightreg._core._mesh import gathered
-from weightreg._core._norms import Axes, Norm, norm_of
-from weightreg._core._scaled import Scaled, normalize
+from weightreg._core._norms import Axes, Norm, Scaled, norm_of, normalize
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
 
 LayerOrder: TypeAlias = Sequence[WeightLayer | str] | None
-"""Layers in the order of the network, as `chain_of` reads them."""
+"""Layers in the order in which a network calls them, which `chain_of` reads."""
+
+_Paths: TypeAlias = list[tuple[KeyPath, Any]]
+_Layers: TypeAlias = tuple[WeightLayer, ...]
 
 
 class Chain(NamedTuple):
     """Layers in the order in which a network calls them.
 
     Attributes:
-      layers: The layers. Where one has stack axes, they are the leading ones, and
-        count as so many layers in order.
-      biases: For every layer the position of its bias in ``jax.tree.leaves(params)``,
-        or ``None``.
-      dtype: One of at least 32 bits that holds all of them exactly.
+      layers: The layers, of which one with stack axes counts as several in order.
+        Stack axes are the leading ones.
+      biases: The position of every layer's bias in ``jax.tree.leaves(params)``, or
+        ``None`` for a layer without one.
+      dtype: A dtype of at least 32 bits that holds weights and biases exactly.
     """
 
-    layers: tuple[WeightLayer, ...]
+    layers: _Layers
     biases: tuple[int | None, ...]
     dtype: jnp.dtype
 
@@ -43,28 +45,17 @@ class Chain(NamedTuple):
 def chain_of(
     params: Any, layers: LayerOrder, mask: Mask, dims: Dims, *, ordered: bool = False
 ) -> Chain:
-    """Finds the layers that a user names, and their biases.
+    """Finds the layers that a user names, and the floating leaf ``bias`` beside each.
 
-    Args:
-      params: Any tree of parameters.
-      layers: A `WeightLayer`, or a string, for every layer: the path of the weight
-        (``"['Dense_0']['kernel']"``), the same with slashes (``"Dense_0/kernel"``), or
-        that of its module (``"Dense_0"``). ``None`` stands for all weights in the
-        order of `weight_layers`.
-      mask: As in `weight_mask`.
-      dims: As in `weight_layers`. A `WeightLayer` brings its own axes where neither is
-        given, and else has to agree with them.
-      ordered: Whether the order matters even without biases.
-
-    Returns:
-      The chain. A layer's bias is the floating leaf called ``bias`` beside it.
+    A name is the path of a weight (``"['Dense_0']['kernel']"`` or ``"Dense_0/kernel"``)
+    or that of its module (``"Dense_0"``). ``None`` stands for all weights in the order
+    of `weight_layers`. A `WeightLayer` brings its own axes where neither ``mask`` nor
+    ``dims`` is given, and else has to agree with them. The order of the layers matters
+    where there are biases, and, if ``ordered`` is true, always.
 
     Raises:
-      ValueError: A name stands for none or several of the weights; a layer is named
-        twice, or does not belong to ``params``; stack axes are not the leading ones; a
-        bias has not the shape that ``dims`` gives its layer's units, or might be that
-        of two weights; or ``layers`` is ``None`` and there are further floating leaves,
-        or the order matters and layers in the order of the tree do not fit together.
+      ValueError: The layers are not weights of ``params``, each named once, or they,
+        their stack axes or their biases do not make a chain.
       TypeError: ``layers`` is no sequence of layers and strings.
     """
     paths = jax.tree_util.tree_leaves_with_path(params)
@@ -84,34 +75,28 @@ def chain_of(
 
 
 def stack_of(layer: WeightLayer) -> tuple[int, ...]:
-    """The shape of the stack of layers that a leaf is; ``()`` for a single layer."""
+    """The shape of the stack of layers that a leaf is, ``()`` for a single layer."""
     return tuple(layer.shape[a] for a in layer.stack_axes)
 
 
 def chain_norms(params: Any, layers: Sequence[WeightLayer], norm: Norm) -> Scaled:
-    """The norms of one or more layers as one vector, stacked ones one by one."""
-    leaves = jax.tree.leaves(params)
-    return _join(
-        [norm_of(jnp.asarray(leaves[x.index]), norm, Axes.of(x)) for x in layers]
-    )
+    """The norms of one or more layers as one vector, with stacked ones in a row."""
+    w = jax.tree.leaves(params)
+    return _join([norm_of(jnp.asarray(w[x.index]), norm, Axes.of(x)) for x in layers])
 
 
 @jax.jit
 def _join(norms: list[Scaled]) -> Scaled:
+    """One vector of all the norms of some leaves."""
     dtype = compute_dtype(*(x.fraction.dtype for x in norms))
     fractions = [gathered(x.fraction.astype(dtype), ()).reshape(-1) for x in norms]
     exponents = [gathered(x.exponent, ()).reshape(-1) for x in norms]
     joined = jnp.concatenate(fractions), jnp.concatenate(exponents)
-    # Else XLA computes all norms anew in every place that needs their product.
+    # Without the barrier XLA computes all norms anew wherever their product is needed.
     return normalize(Scaled(*lax.optimization_barrier(joined)))
 
 
-def _choose(
-    layers: Any,
-    weights: tuple[WeightLayer, ...],
-    paths: list[tuple[KeyPath, Any]],
-    strict: bool,
-) -> tuple[WeightLayer, ...]:
+def _choose(layers: Any, weights: _Layers, paths: _Paths, strict: bool) -> _Layers:
     """The layers that a user names, in the user's order."""
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise TypeError(
@@ -137,9 +122,7 @@ def _choose(
     return tuple(chosen.values())
 
 
-def _by_name(
-    weights: tuple[WeightLayer, ...], paths: list[tuple[KeyPath, Any]]
-) -> dict[str, list[WeightLayer]]:
+def _by_name(weights: _Layers, paths: _Paths) -> dict[str, list[WeightLayer]]:
     """The weights that each name stands for."""
     found: dict[str, list[WeightLayer]] = {}
     for layer in weights:
@@ -150,11 +133,9 @@ def _by_name(
 
 
 def _named(
-    where: str,
-    name: str,
-    by_name: dict[str, list[WeightLayer]],
-    weights: tuple[WeightLayer, ...],
+    where: str, name: str, by_name: dict[str, list[WeightLayer]], weights: _Layers
 ) -> WeightLayer:
+    """The one weight that a name stands for."""
     found = by_name.get(name, [])
     if len(found) == 1:
         return found[0]
@@ -167,34 +148,30 @@ def _named(
 
 
 def _check_belongs(
-    where: str,
-    layer: WeightLayer,
-    weights: tuple[WeightLayer, ...],
-    paths: list[tuple[KeyPath, Any]],
-    strict: bool,
+    where: str, layer: WeightLayer, weights: _Layers, paths: _Paths, strict: bool
 ) -> None:
     """Refuses a layer of other parameters, or with other axes than ``dims`` gives."""
     if layer in weights:
         return
-    there = [(show_path(path), leaf) for path, leaf in paths[layer.index :][:1]]
-    shapes = [
-        (path, jnp.shape(leaf))
-        for path, leaf in there
+    there = [
+        (show_path(path), jnp.shape(leaf))
+        for path, leaf in paths[layer.index :][:1]
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
-    if strict or shapes != [(layer.path, layer.shape)]:
+    if strict or there != [(layer.path, layer.shape)]:
         raise ValueError(
             f"{where} is not a weight of these parameters"
             f"{' with this mask and dims' if strict else ''}: {layer}."
         )
 
 
-def _check_order(layers: tuple[WeightLayer, ...]) -> None:
+def _check_order(layers: _Layers) -> None:
     """Refuses an order in which the units of a layer are not the inputs of the next."""
     for layer, following in itertools.pairwise(layers):
         units = math.prod(layer.shape[a] for a in layer.output_axes)
         inputs = following.fan_in // following.window
-        # More for an image that was flattened, less for groups of a convolution.
+        # There are more inputs than units for a flattened image, and fewer for groups
+        # of a convolution.
         if units and inputs and inputs % units and units % inputs:
             raise ValueError(
                 "layers must say in which order the network calls its layers: by "
@@ -204,6 +181,7 @@ def _check_order(layers: tuple[WeightLayer, ...]) -> None:
 
 
 def _check_stack(layer: WeightLayer) -> None:
+    """Refuses stack axes that are not the leading ones."""
     if layer.stack_axes != tuple(range(len(layer.stack_axes))):
         raise ValueError(
             f"{layer.path} of shape {layer.shape} stacks layers along its axes "
@@ -212,39 +190,33 @@ def _check_stack(layer: WeightLayer) -> None:
         )
 
 
-def _biases(
-    layers: tuple[WeightLayer, ...],
-    weights: tuple[WeightLayer, ...],
-    paths: list[tuple[KeyPath, Any]],
-) -> tuple[int | None, ...]:
-    """The position of every layer's bias among the leaves, checked."""
+def _biases(layers: _Layers, weights: _Layers, paths: _Paths) -> tuple[int | None, ...]:
+    """Checks every layer's bias, and gives its position among the leaves."""
+    parent = lambda index: _own_path(paths[index][0])[:-1]  # noqa: E731
     taken = {layer.index for layer in (*layers, *weights)}
-    parents = [_own_path(paths[index][0])[:-1] for index in sorted(taken)]
+    parents = [parent(index) for index in taken]
     biases = {
-        _own_path(path)[:-1]: index
+        parent(index): index
         for index, (path, leaf) in enumerate(paths)
-        if index not in taken and _is_inexact(leaf) and _is_called_bias(path)
+        if index not in taken and _is_inexact(leaf)
+        if _slashed(_own_path(path)[-1:]) == "bias"
     }
-
-    def bias(layer: WeightLayer) -> int | None:
-        parent = _own_path(paths[layer.index][0])[:-1]
-        index = biases.get(parent)
+    found = tuple(biases.get(parent(layer.index)) for layer in layers)
+    for layer, index in zip(layers, found, strict=True):
         if index is None:
-            return None
+            continue
         path, leaf = paths[index]
-        if parents.count(parent) > 1:
+        if parents.count(parent(index)) > 1:
             raise ValueError(
                 f"{show_path(path)} might be the bias of several weights beside it: "
                 "expected one weight for a bias."
             )
         _check_bias(layer, show_path(path), jnp.shape(leaf))
-        return index
-
-    return tuple(map(bias, layers))
+    return found
 
 
 def _check_bias(layer: WeightLayer, path: str, shape: tuple[int, ...]) -> None:
-    """Refuses a bias for other units: a sign of stacked layers that nobody declared."""
+    """Refuses a bias of other units, a sign of stacked layers that are not declared."""
     stack = stack_of(layer)
     units = tuple(layer.shape[a] for a in layer.output_axes)
     # Equinox keeps a convolution's bias as (units, 1, 1).
@@ -258,7 +230,8 @@ def _check_bias(layer: WeightLayer, path: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_complete(paths: list[tuple[KeyPath, Any]], used: list[int]) -> None:
+def _check_complete(paths: _Paths, used: list[int]) -> None:
+    """Refuses floating leaves that are neither weights nor biases of the chain."""
     for index, (path, leaf) in enumerate(paths):
         if _is_inexact(leaf) and index not in used:
             raise ValueError(
@@ -274,13 +247,11 @@ def _own_path(path: KeyPath) -> KeyPath:
 
 
 def _slashed(path: KeyPath) -> str:
+    """A path with slashes between its keys."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _is_called_bias(path: KeyPath) -> bool:
-    return _slashed(_own_path(path)[-1:]) == "bias"
-
-
 def _is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is a floating-point or complex number or array."""
     is_number = isinstance(leaf, float | complex) or hasattr(leaf, "dtype")
     return is_number and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)

@@ -1,4 +1,4 @@
-"""Where sums over split axes go on a mesh whose explicit axes want to be told."""
+"""Where sums over split axes go, which a mesh with explicit axes wants to be told."""
 
 from collections.abc import Iterable
 
@@ -11,20 +11,18 @@ def placed(
 ) -> PartitionSpec | None:
     """How an array of some ``axes`` of ``x`` is placed on an explicit mesh.
 
-    Only the axes ``kept`` stay split; with ``None``, all do. The result is ``None`` for
-    all other meshes, which find it out by themselves.
+    Only the axes ``kept`` stay split, or all if it is ``None``. The result is ``None``
+    for all other meshes, which place arrays by themselves.
     """
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
-    spec = sharding.spec
-    return PartitionSpec(
-        *(spec[a] if kept is None or a in kept else None for a in axes)
-    )
+    stay = range(x.ndim) if kept is None else kept
+    return PartitionSpec(*(sharding.spec[a] if a in stay else None for a in axes))
 
 
 def gathered(x: jax.Array, kept: Iterable[int]) -> jax.Array:
-    """``x``, of which an explicit mesh splits no axes but those ``kept``."""
+    """An array equal to ``x``, of which an explicit mesh splits only axes ``kept``."""
     spec = placed(x, range(x.ndim), tuple(kept))
     if spec is None:
         return x

@@ -1,7 +1,8 @@
 """Norms of weights and their gradients, without overflow or underflow.
 
-The square of a weight of 1e-30 is in the range of no dtype. So norms are `Scaled`, and
-weights are scaled by a power of two, which is exact, before anything is summed.
+The square of a weight of 1e-30 is out of the range of float32, and so is a product of a
+thousand norms. Such numbers are a fraction and a power of two, by which weights are
+scaled where sums need it. That is exact.
 """
 
 import functools
@@ -15,17 +16,10 @@ from jax import lax
 
 from weightreg._core._arguments import compute_dtype
 from weightreg._core._mesh import placed
-from weightreg._core._scaled import (
-    Scaled,
-    exponent_of,
-    or_one,
-    power_of_two,
-    times_power,
-)
 from weightreg._core._weights import WeightLayer
 
 Norm: TypeAlias = str | tuple[float, float]
-"""``"frobenius"``, ``"l1"``, ``"spectral"``, or ``(p, q)``: see `parse_norm`."""
+"""One of ``"frobenius"``, ``"l1"`` and ``"spectral"``, or a pair ``(p, q)``."""
 
 _NAMED: dict[str, Norm] = {
     "frobenius": (2.0, 2.0),
@@ -34,29 +28,48 @@ _NAMED: dict[str, Norm] = {
 }
 
 
+class Scaled(NamedTuple):
+    """The number ``fraction * 2**exponent``.
+
+    The fraction, in float32 or float64, is of size one or 0. The exponent, in int32, is
+    of a shape that broadcasts against it.
+    """
+
+    fraction: jax.Array
+    exponent: jax.Array
+
+    def value(self) -> jax.Array:
+        """The number itself, or infinity or 0 where it is out of the dtype's range."""
+        return times_power(self.fraction, self.exponent)
+
+    def at(self, exponent: jax.Array) -> jax.Array:
+        """The fraction of the number with another exponent."""
+        return times_power(self.fraction, self.exponent - exponent)
+
+
 class Axes(NamedTuple):
-    """The roles of a weight's axes, as in `WeightLayer`; all others are stacked."""
+    """The input and output axes of a `WeightLayer`. All other axes stack layers."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
     @classmethod
     def of(cls, layer: WeightLayer) -> "Axes":
-        """The axes of a layer."""
+        """The axes of one layer."""
         return cls(layer.input_axes, layer.output_axes)
 
     def stack(self, ndim: int) -> tuple[int, ...]:
-        """The other axes of a leaf."""
+        """The axes of a leaf of so many dimensions that stack layers."""
         return tuple(a for a in range(ndim) if a not in self.inputs + self.outputs)
 
 
 def parse_norm(argument: str, norm: Any) -> Norm:
-    r"""Checks a norm: ``(p, q)`` for an entrywise one, or ``"spectral"``.
+    r"""Checks a norm, and gives it as a pair ``(p, q)`` or as ``"spectral"``.
 
     .. math::
       \|W\|_{p,q} = \Big( \sum_j \|W_j\|_p^q \Big)^{1/q}
 
-    with ``W_j`` all that feeds unit ``j`` (Liu et al., eq. 4).
+    Here ``W_j`` is all that feeds unit ``j`` (Liu et al., eq. 4).
 
     Raises:
       ValueError: It is neither a name nor a pair of numbers from 1 to infinity.
@@ -66,7 +79,7 @@ def parse_norm(argument: str, norm: Any) -> Norm:
     if isinstance(norm, tuple | list) and len(norm) == 2:
         kinds = int | float | np.number
         numbers = all(isinstance(x, kinds) and not isinstance(x, bool) for x in norm)
-        if numbers and all(x >= 1 for x in norm):  # below 1 it is no norm
+        if numbers and all(x >= 1 for x in norm):  # Below 1 it would be no norm.
             return float(norm[0]), float(norm[1])
     raise ValueError(
         f"{argument} must be one of {', '.join(map(repr, _NAMED))}, or a pair (p, q) "
@@ -77,16 +90,9 @@ def parse_norm(argument: str, norm: Any) -> Norm:
 def measure(weight: jax.Array, norm: Norm, axes: Axes) -> tuple[Scaled, jax.Array]:
     """The norm of every layer in a leaf, and its gradient by the leaf.
 
-    Args:
-      weight: The leaf, of any real floating dtype.
-      norm: As `parse_norm` returns it.
-      axes: Roles of the leaf's axes.
-
-    Returns:
-      The norms, of the leaf's shape with ones for the layer's own axes; and the
-      gradient, of the leaf's shape. It is 0 for a layer of zeros, where the norm has
-      none, and 0 at zeros of weights and units where it has several. Both are in
-      float32 at least.
+    The norms have the leaf's shape with ones for the layer's own axes, and the gradient
+    has the leaf's shape. It is 0 where there is none, for a layer of zeros, and 0 at
+    zeros of weights and units where there are several. Both are in float32 at least.
     """
     weight = weight.astype(compute_dtype(weight.dtype))
     both = axes.inputs + axes.outputs
@@ -106,21 +112,21 @@ def measure(weight: jax.Array, norm: Norm, axes: Axes) -> tuple[Scaled, jax.Arra
         scaled, exponent = _normalize(weight, both)
         size, direction = _entrywise(scaled, p, both)
         return Scaled(size, exponent), direction
-    # Units are scaled one by one: next to a large one, a small one's part in the norm
-    # may be nothing, but not its gradient.
+    # Units are scaled one by one. Next to a large unit a small one may add nothing to
+    # the norm and still have a gradient.
     scaled, exponents = _normalize(weight, axes.inputs)
     units, within = _entrywise(scaled, p, axes.inputs)
-    least = -(2**20)  # of no units; that of a unit of zeros is less than any other
+    least = -(2**20)  # This is the exponent where there are no units.
     exponent = jnp.max(exponents, axes.outputs, keepdims=True, initial=least)
     size, across = _entrywise(times_power(units, exponents - exponent), q, axes.outputs)
     return Scaled(size, exponent), within * across
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all of one shape
+@functools.partial(jax.jit, static_argnums=(1, 2))  # It is traced once a shape.
 def norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
-    """The norms that `measure` gives, differentiated as it says: in closed form.
+    """The norms that `measure` gives, whose derivative is the gradient that it gives.
 
-    Derivatives of its steps pass through numbers that may be out of range.
+    The chain rule would pass through numbers that may be out of range.
     """
     return _norm_of(x.astype(compute_dtype(x.dtype)), norm, axes)
 
@@ -145,17 +151,11 @@ def _norm_of_jvp(norm, axes, primals, tangents):
 def power_iteration(
     weight: jax.Array, vector: jax.Array, axes: Axes, iterations: int
 ) -> tuple[Scaled, jax.Array, jax.Array]:
-    """The spectral norm and its gradient as `measure` gives them, but approximately.
+    """Estimates the spectral norm and its gradient, which `measure` gives exactly.
 
-    Args:
-      weight: The leaf.
-      vector: Estimate of the right singular vectors, as `start_vector` makes it.
-      axes: Roles of the leaf's axes.
-      iterations: How often to improve the estimate.
-
-    Returns:
-      The norms (never too large but for rounding), the gradient, and the better
-      estimate, which stays what it was where the weight is 0.
+    The vector is an estimate of the right singular vectors, such as `start_vector`
+    makes. Each iteration improves it, except where the weight is 0, and the last one is
+    returned as well. The norms are never too large but for rounding.
     """
     weight = weight.astype(compute_dtype(weight.dtype))
     scaled, exponent = _normalize(weight, axes.inputs + axes.outputs)
@@ -167,7 +167,7 @@ def power_iteration(
     )
     own = lambda x: tuple(range(len(stack), x.ndim))  # noqa: E731
 
-    def product(x, of_x, y, of_y, out) -> jax.Array:  # no sharding survives a reshape
+    def product(x, of_x, y, of_y, out) -> jax.Array:  # A reshape loses shardings.
         where = placed(weight, out, None if out is both else stack)
         return jnp.einsum(
             x, of_x, y, of_y, out, precision=lax.Precision.HIGHEST, out_sharding=where
@@ -198,27 +198,27 @@ def start_vector(weight: jax.Array, axes: Axes, key: jax.Array) -> jax.Array:
 
 
 def _scaled_sum(x: jax.Array, p: int, axes: tuple[int, ...]) -> Scaled:
-    """The sum of ``abs(x)**p`` for p of 1 or 2, scaled if it or its terms need it."""
+    """The sum of ``abs(x)**p`` for p of 1 or 2, whose terms are scaled if need be."""
     maxexp = jnp.finfo(x.dtype).maxexp
-    scale = 25 * maxexp // 32  # 100 for float32
+    scale = 25 * maxexp // 32  # This is 100 for float32.
     total = lambda x: jnp.sum(jnp.abs(x) ** p, axes, keepdims=True)  # noqa: E731
     plain = total(x)
-    too_small = plain < 2.0 ** (-9 * maxexp // 16)  # 2e-22: terms below 1e-38 are lost
+    too_small = plain < 2.0 ** (-9 * maxexp // 16)  # Terms below 1e-38 may be lost.
     too_large = plain > 2.0 ** (maxexp - 2)
     shift = jnp.where(too_small, scale, jnp.where(too_large, -scale, 0))
     rescaled = lambda: total(x * power_of_two(shift, x.dtype))  # noqa: E731
-    # A CPU would store the products. A GPU forms them in passing, while a condition
-    # would have it wait for the host.
+    # A CPU would store the scaled weights, and should not where they are not needed. A
+    # GPU forms them in passing, while a condition would make it wait for the host.
     ordinary = ~jnp.any(too_small | too_large)
     value = lax.platform_dependent(
         cpu=lambda: lax.cond(ordinary, lambda: plain, rescaled), default=rescaled
     )
-    exponent = exponent_of(value) & ~1  # even, for its root
+    exponent = exponent_of(value) & ~1  # It is even, so that its half is an integer.
     return Scaled(times_power(value, -exponent), exponent - p * shift)
 
 
 def _normalize(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Scales by a power of two, so that the largest entry is in [1/2, 1)."""
+    """Scales by a power of two so that the largest entry is in [1/2, 1)."""
     largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
     exponent = exponent_of(largest)
     return times_power(x, -exponent), exponent
@@ -240,7 +240,7 @@ def _entrywise(
         size = _root(jnp.sum(x * x, axes, keepdims=True), 2)
         return size, x * (1 / or_one(size))
     largest = lax.stop_gradient(jnp.max(magnitude, axes, keepdims=True, initial=0))
-    ratio = magnitude / or_one(largest)  # exactly 1 somewhere, for 1 has any power
+    ratio = magnitude / or_one(largest)  # The largest is 1, and so is any power of it.
     size = largest * _root(jnp.sum(ratio**p, axes, keepdims=True), p)
     return size, jnp.sign(x) * (magnitude / or_one(size)) ** (p - 1)
 
@@ -263,7 +263,7 @@ def _largest_singular(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     moved = jnp.transpose(x, order)
     rows = math.prod(x.shape[a] for a in axes.inputs)
     matrix = moved.reshape(*moved.shape[: len(stack)], rows, -1)
-    # Zeros have no singular vectors; those of ones will do, times 0.
+    # A matrix of zeros has no singular vectors. Those of ones, times 0, serve for it.
     zero = jnp.all(matrix == 0, axis=(-2, -1), keepdims=True)
     left, sigma, right = jnp.linalg.svd(jnp.where(zero, 1, matrix), full_matrices=False)
     direction = jnp.where(zero, 0, left[..., :, :1] * right[..., :1, :])
@@ -273,3 +273,108 @@ def _largest_singular(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
         direction = jax.sharding.reshard(direction, spec)
     sigma = jnp.where(zero[..., 0, 0], 0, sigma[..., 0])
     return jnp.expand_dims(sigma, own), direction
+
+
+def common_exponent(x: Scaled, y: Scaled) -> jax.Array:
+    """The larger exponent of the two, where that of a 0 counts only next to a 0."""
+    low, no_x, no_y = -(2**24), x.fraction == 0, y.fraction == 0
+    return jnp.maximum(
+        jnp.where(no_x & ~no_y, low, x.exponent),
+        jnp.where(no_y & ~no_x, low, y.exponent),
+    )
+
+
+def add(x: Scaled, y: Scaled) -> Scaled:
+    """The sum of two numbers."""
+    exponent = common_exponent(x, y)
+    return Scaled(x.at(exponent) + y.at(exponent), exponent)
+
+
+def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """``x * 2**exponent``, rounded only where it leaves the range of the dtype."""
+    # Two factors do not suffice to go from the least number to the largest.
+    limit = jnp.finfo(x.dtype).maxexp - 2
+    exponent = jnp.clip(exponent, -3 * limit, 3 * limit)
+    third = exponent // 3
+    half = (exponent - third) // 2
+    parts = third, half, exponent - third - half
+    first, second, last = (power_of_two(part, x.dtype) for part in parts)
+    return x * first * second * last
+
+
+def halve(exponent: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """``2**-exponent`` as two factors by which to multiply numbers of size one.
+
+    One factor may be out of range where its product with such a number is not. Where
+    two do not suffice, the product is infinite or 0 anyway.
+    """
+    limit = jnp.finfo(dtype).maxexp - 2
+    exponent = jnp.clip(-exponent, -2 * limit, 2 * limit)
+    half = exponent >> 1
+    return power_of_two(half, dtype), power_of_two(exponent - half, dtype)
+
+
+def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """``2**exponent``, a normal number, for which ``ldexp`` takes thirty operations."""
+    info = jnp.finfo(dtype)
+    bits = lax.convert_element_type(exponent - info.minexp + 1, f"int{info.bits}")
+    return lax.bitcast_convert_type(bits << info.nmant, dtype)
+
+
+def exponent_of(x: jax.Array) -> jax.Array:
+    """The exponent that ``frexp`` gives, with a fraction in [1/2, 1).
+
+    That of 0 and of subnormal numbers is one less than that of the least normal number.
+    """
+    info = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(lax.stop_gradient(jnp.abs(x)), f"int{info.bits}")
+    return ((bits >> info.nmant) + info.minexp).astype(jnp.int32)
+
+
+def split(x: jax.typing.ArrayLike, dtype: Any) -> Scaled:
+    """A number of at least 0 as fraction and exponent, even a subnormal one.
+
+    XLA takes subnormal operands, such as 1e-38 in float32, for 0.
+    """
+    x, offset = jnp.asarray(x, dtype), 0
+    if x.dtype == jnp.float32:
+        bits = lax.bitcast_convert_type(lax.stop_gradient(x), jnp.int32)
+        subnormal = (bits > 0) & (bits < 2**23)
+        x = jnp.where(subnormal, bits.astype(x.dtype), x)
+        offset = jnp.where(subnormal, -149, 0)
+    exponent = jnp.where(x == 0, 0, exponent_of(x))  # The 0 keeps the derivative at 0.
+    return Scaled(times_power(x, -exponent), exponent + offset)
+
+
+def scaled(x: jax.typing.ArrayLike, dtype: Any) -> Scaled:
+    """A number of at least 0, which may be out of the range of the dtype."""
+    if isinstance(x, jax.Array):  # Traced arrays are of this class too.
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        parts = split(wide, wide.dtype)
+        return Scaled(parts.fraction.astype(dtype), parts.exponent)
+    fraction, exponent = np.frexp(np.asarray(x, np.float64))
+    return Scaled(jnp.asarray(fraction, dtype), jnp.asarray(exponent, jnp.int32))
+
+
+def normalize(x: Scaled) -> Scaled:
+    """The same number with its fraction in [1/2, 1), or 0 if the number is 0."""
+    fraction, exponent = split(x.fraction, x.fraction.dtype)
+    return Scaled(fraction, exponent + x.exponent)
+
+
+@jax.jit
+def cumulative_product(factors: Scaled) -> Scaled:
+    """The products of the first one, two, ... numbers of a vector."""
+
+    def step(product: Scaled, factor: Scaled) -> tuple[Scaled, Scaled]:
+        fraction = product.fraction * factor.fraction
+        product = normalize(Scaled(fraction, product.exponent + factor.exponent))
+        return product, product
+
+    one = Scaled(jnp.ones([], factors.fraction.dtype), jnp.zeros([], jnp.int32))
+    return lax.scan(step, one, normalize(factors))[1]
+
+
+def or_one(x: jax.Array) -> jax.Array:
+    """``x`` with ones for zeros, to divide by without a NaN in the derivative."""
+    return jnp.where(x == 0, 1, x)

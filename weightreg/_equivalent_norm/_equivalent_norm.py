@@ -26,7 +26,7 @@ class LearntNorm(NamedTuple):
 
     Attributes:
       params: The stored parameters.
-      log_alpha: The logarithm of ``alpha``, a scalar: so ``alpha`` stays positive.
+      log_alpha: The logarithm of ``alpha``, a scalar, which keeps ``alpha`` positive.
     """
 
     params: Any
@@ -45,28 +45,21 @@ class NormMap:
     dims: Dims
 
     def init(self, params: Any) -> Any:
-        """What is to be trained: ``params``, as a `LearntNorm` if alpha is learnt."""
+        """What is to be trained: ``params``, in a `LearntNorm` if alpha is learnt."""
         layers, leaves = self._layers(params), jax.tree.leaves(params)
         if not self.learn:
             return params
-        dtypes = (jnp.result_type(leaves[layer.index]) for layer in layers)
-        dtype = compute_dtype(*dtypes) if layers else jnp.float32
+        dtype = compute_dtype(*(jnp.result_type(leaves[x.index]) for x in layers))
         return LearntNorm(params, self.initial_log_alpha(dtype))
 
     def initial_log_alpha(self, dtype: Any = jnp.float32) -> jax.Array:
-        """Where a learnt logarithm of alpha starts."""
+        """The logarithm of alpha with which learning starts."""
         if isinstance(self.alpha, Tracer):
             return jnp.log(self.alpha).astype(dtype)
         return jnp.asarray(math.log(np.asarray(self.alpha)), dtype)
 
     def __call__(self, params: Any) -> Any:
-        """The effective parameters, of the structure, shapes and dtypes of ``params``.
-
-        Raises:
-          TypeError: Alpha is learnt, and ``params`` is not what ``init`` made.
-          ValueError: ``mask`` or ``dims`` does not match, or a weight cannot be
-            centred.
-        """
+        """The effective parameters, of the same structure, shapes and dtypes."""
         if not self.learn:
             return self.apply(params)
         if not isinstance(params, LearntNorm):
@@ -77,12 +70,12 @@ class NormMap:
         return self.apply(params.params, params.log_alpha)
 
     def apply(self, params: Any, log_alpha: jax.Array | None = None) -> Any:
-        """The effective parameters, for a learnt alpha if one is given."""
+        """The effective parameters, with a learnt alpha if one is given."""
         if log_alpha is not None:
             norm = jnp.exp(log_alpha / 2)
         elif isinstance(self.alpha, Tracer):
             norm = jnp.sqrt(self.alpha)
-        else:  # alpha itself may be out of the range of the weights' dtype
+        else:  # Alpha may be out of the range of the weights' dtype.
             norm = math.sqrt(np.asarray(self.alpha))
         axes = {x.index: Axes.of(x) for x in self._layers(params)}
         mapped = {
@@ -106,7 +99,7 @@ def equivalent_norm(
 ) -> NormMap:
     r"""Maps stored parameters to effective ones whose layers all have the same norm.
 
-    The network runs on :math:`\hat W`, the optimizer changes :math:`W`, and gradients
+    The network runs on :math:`\hat W` and the optimizer changes :math:`W`. Gradients
     flow through the map, which makes :math:`\|\hat W_l\|_F^2 = \alpha` in every layer:
 
     ========  ========  ==========================================================
@@ -118,33 +111,32 @@ def equivalent_norm(
     "layer"   True      eq. 20 of :math:`W - \mathrm{mean}(W)` (eq. 23)
     ========  ========  ==========================================================
 
-    with :math:`W_j` all that feeds unit ``j`` of ``m``. As printed, the constant of
+    Here :math:`W_j` is all that feeds unit ``j`` of ``m``. As printed, the constant of
     eq. 22 would make norms unequal.
 
     The map does not depend on the scale of the stored weights, nor on their means if it
-    centres them, so that gradients are orthogonal to both, and weight decay changes
-    nothing but how fast weights turn: `shifted_l2` keeps their norms from collapsing.
-    Every layer should be followed by a normalization, the last one too, since the map
-    takes away its freedom of scale.
+    centres them. Gradients are therefore orthogonal to both, and weight decay changes
+    nothing but how fast weights turn. `shifted_l2` keeps their norms from collapsing.
+    A normalization should follow every layer, the last one too, since the map takes
+    away its freedom of scale. For inference, apply the map once:
+    ``params = enc(params)``.
 
-    For inference, fold the map in by applying it once: ``params = enc(params)``.
-
-    A unit (or, with ``scope="layer"``, a layer) whose weights are all 0, or all equal
-    where they are centred, has no direction: it is mapped to 0, with a gradient of 0,
-    and its layer's squared norm is smaller by its share, ``alpha / m``.
+    A unit (a layer, with ``scope="layer"``) whose weights are all 0, or all equal where
+    they are centred, has no direction. It is mapped to 0, with a gradient of 0, and the
+    squared norm of its layer is smaller by its share, ``alpha / m``.
 
     Args:
-      scope: ``"unit"`` or ``"layer"``: over what norms and means are taken.
+      scope: What norms and means are taken over, ``"unit"`` or ``"layer"``.
       center: Whether means are taken away first.
-      alpha: The squared norm of every layer, positive; may be traced. The paper takes
-        1.
-      learn: Whether alpha is learnt, starting from this value. What is trained is then
-        ``enc.init(params)``, a `LearntNorm` with the logarithm of alpha beside the
-        parameters, for ``enc`` and for the optimizer.
+      alpha: The squared norm of every layer, positive, which may be traced. The paper
+        takes 1.
+      learn: Whether alpha is learnt, starting from this value. Train
+        ``enc.init(params)`` then, a `LearntNorm` with the logarithm of alpha beside the
+        parameters, and pass it to ``enc``.
       mask: Which leaves to map: a tree of booleans, or a function of the parameters
-        that makes one. By default all weights, as `weight_mask` says.
-      dims: What the axes of weights mean: see `weight_layers`. Stacked layers are
-        mapped one by one.
+        that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which are mapped one by one.
 
     Returns:
       The map, a function from parameters to parameters of the same structure, shapes
@@ -152,10 +144,12 @@ def equivalent_norm(
       they are. Arithmetic is in float32 at least, and right for weights of any size.
 
     Raises:
-      ValueError: ``scope`` is neither, ``alpha`` is not positive and finite; or on a
-        call, a weight that is to be centred has one input a unit (one element, with
-        ``scope="layer"``), which would always be mapped to 0; or trees do not match.
-      TypeError: ``alpha`` is no scalar, or ``center`` or ``learn`` no boolean.
+      ValueError: ``scope`` is neither, or ``alpha`` is not positive and finite. On a
+        call, ``mask`` or ``dims`` does not match the parameters, or a weight that is to
+        be centred has one input a unit (one element, with ``scope="layer"``), which
+        would always be mapped to 0.
+      TypeError: ``alpha`` is no scalar, or ``center`` or ``learn`` no boolean. On a
+        call, alpha is learnt and the argument is no `LearntNorm`.
 
     References:
       Li, Chen, Yang, Generalization Bound Regularizer, eqs. 19 to 23.
@@ -180,7 +174,7 @@ def equivalent_norm(
 
 
 def check_wrapped(module: Any, kind: type, norm: Any) -> None:
-    """Refuses what is no module of Flax's, or no map."""
+    """Refuses a module that is not of Flax's ``kind``, and a norm that is no map."""
     if not isinstance(module, kind):
         raise TypeError(
             f"module must be a {kind.__module__}.{kind.__name__}, not {module!r}."
@@ -189,11 +183,11 @@ def check_wrapped(module: Any, kind: type, norm: Any) -> None:
         raise TypeError(f"norm must be what equivalent_norm returns, not {norm!r}.")
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # traced once for one shape
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # It is traced once a shape.
 def _mapped(
     w: jax.Array, norm: jax.typing.ArrayLike, scope: str, center: bool, axes: Axes
 ) -> jax.Array:
-    """One leaf's effective weights, every layer of a norm."""
+    """The effective weights of one leaf, of which every layer has norm ``norm``."""
     wide = w.astype(compute_dtype(w.dtype))
     share = math.prod(w.shape[a] for a in axes.outputs) if scope == "unit" else 1
     norm = jnp.asarray(norm, wide.dtype) / math.sqrt(share)

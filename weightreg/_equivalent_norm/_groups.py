@@ -8,25 +8,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weightreg._core._norms import Axes
-from weightreg._core._scaled import exponent_of, halve, or_one
+from weightreg._core._arguments import check_boolean
+from weightreg._core._norms import Axes, exponent_of, halve, or_one
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
 
 SCOPES = ("unit", "layer")
 
 
 def check_form(scope: Any, center: Any) -> None:
-    """Refuses what is no scope, or no boolean."""
+    """Refuses a scope that is none, and a ``center`` that is no boolean."""
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {SCOPES}, not {scope!r}.")
-    if not isinstance(center, bool):
-        raise TypeError(f"center must be a boolean, not {center!r}.")
+    check_boolean("center", center)
 
 
 def layers_of(
     params: Any, scope: str, center: bool, mask: Mask, dims: Dims
 ) -> list[WeightLayer]:
-    """The weights that have elements, and something left of them without the mean."""
+    """The weights that have elements. Refuses those that centring would make 0."""
     layers = weight_layers(params, mask=mask, dims=dims)
     layers = [layer for layer in layers if math.prod(layer.shape)]
     for layer in layers:
@@ -48,10 +47,10 @@ def group_of(axes: Axes, scope: str) -> tuple[int, ...]:
 
 
 class Statistics(NamedTuple):
-    """Of the groups of a leaf, with ones for their own axes.
+    """The statistics of the weights times ``half * rest``, with ones for groups' axes.
 
-    The mean is in two parts, for where weights differ by little: ``shift`` is one of
-    them, in units of ``1 / (half * rest)``, and ``mean`` the rest.
+    The mean is in two parts, for weights that differ by little: ``shift`` is one of the
+    weights, or 0, and ``mean`` is the rest. ``size`` is the norm of the deviations.
     """
 
     half: jax.Array
@@ -65,13 +64,13 @@ class Statistics(NamedTuple):
 def normalized(
     group: tuple[int, ...], center: bool, w: jax.Array, norm: jax.Array
 ) -> jax.Array:
-    """The weights, without their means if centred, with every group of a norm."""
+    """The weights, centred or not, scaled so that every group has norm ``norm``."""
     return direction(w, measure(group, center, w), norm)
 
 
 @normalized.defjvp
 def _normalized_jvp(group, center, primals, tangents):
-    # By the result, which is kept anyway, and not by the weights: fewer passes.
+    # The derivative uses the result, which is kept anyway, and so takes fewer passes.
     (w, norm), (w_dot, norm_dot) = primals, tangents
     s = measure(group, center, w)
     out = direction(w, s, norm)
@@ -85,14 +84,14 @@ def _normalized_jvp(group, center, primals, tangents):
 
 
 def direction(w: jax.Array, s: Statistics, norm: Any = 1.0) -> jax.Array:
-    """The weights without their means, of a norm; 0 for a dead group, as its slope."""
+    """The weights without their means, of a given norm, or 0 for a group of size 0."""
     deviation = w * s.half * s.rest - s.shift - s.mean
     return deviation * jnp.where(s.size == 0, 0, norm / or_one(s.size))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def measure(group: tuple[int, ...], center: bool, w: jax.Array) -> Statistics:
-    """The statistics, with derivatives in closed form."""
+    """The statistics of all groups, with derivatives in closed form."""
     total = functools.partial(jnp.sum, axis=group, keepdims=True)
     count = math.prod(w.shape[a] for a in group)
     info = jnp.finfo(w.dtype)
@@ -108,15 +107,15 @@ def measure(group: tuple[int, ...], center: bool, w: jax.Array) -> Statistics:
         largest = jnp.max(jnp.abs(w), group, keepdims=True)
         half, rest = halve(exponent_of(or_one(largest)), w.dtype)
         scaled = w * half * rest
-        # Exactly 0 remains where all are equal.
+        # Where all weights are equal, exactly 0 remains.
         shift = jnp.max(scaled, group, keepdims=True) if center else zero
         moved = scaled - shift
         mean = total(moved) / count if center else zero
         size = jnp.sqrt(total((moved - mean) ** 2))
         return Statistics(half, rest, shift, mean, size)
 
-    # Sums of squares are as good as it gets if neither they are out of range nor much
-    # of them cancels. A GPU would have to wait for the host to know.
+    # One pass is exact enough if sums of squares are in range and not much of them
+    # cancels. A GPU would have to wait for the host to know whether that is so.
     ordinary = (squares < jnp.inf) & (2 * spread > squares)
     ordinary = jnp.all(ordinary & (squares > 2.0 ** (info.minexp // 2)))
     return lax.platform_dependent(

@@ -48,39 +48,39 @@ def shifted_l2(
       \qquad \text{or, centred,} \qquad
       \frac \lambda 2 \sum_j k \big( (\sigma_j - \epsilon)^2 + \mu_j^2 \big)
 
-    with :math:`W_j` the ``k`` weights that feed unit ``j``, :math:`\mu_j` their mean
-    and :math:`\sigma_j` their standard deviation (of all, not of a sample). Where a
+    Here :math:`W_j` are the ``k`` weights that feed unit ``j``, :math:`\mu_j` is their
+    mean and :math:`\sigma_j` their standard deviation, with the divisor ``k``. Where a
     normalization follows, as under `equivalent_norm`, nothing but weight decay acts on
-    the norm of weights, and takes it down to 0, where steps are of any size. Here it
-    has a minimum at :math:`\epsilon` instead.
+    the norm of weights, and takes it down to 0, where steps are of any size. This
+    penalty has its minimum at :math:`\epsilon` instead.
 
-    A unit of zeros (or of equal weights, centred) has no direction in which to grow:
-    its gradient is that of plain L2.
+    A unit whose weights are all 0, or all equal where they are centred, has no
+    direction in which to grow. Its gradient is that of plain L2.
 
     Args:
-      strength: ``lambda >= 0``; may be traced. The authors take 1e-4.
-      epsilon: 0 or more; may be traced; 0 is plain L2. It is a norm, or, centred, a
-        standard deviation, for which the authors take 1e-3.
-      scope: ``"unit"``, or ``"layer"`` for sums, means and norms over whole layers: as
-        in `equivalent_norm`.
-      center: Whether the deviation from the mean is shifted, as in `equivalent_norm`.
+      strength: ``lambda >= 0``, which may be traced. The authors take 1e-4.
+      epsilon: A norm, or, centred, a standard deviation, of 0 or more, which may be
+        traced. The authors take 1e-3, centred. With 0 the penalty is plain L2.
+      scope: What sums, means and norms are taken over, ``"unit"`` or ``"layer"``.
+      center: Whether the deviation from the mean is shifted, and not the norm.
       mask: Which leaves to penalize: a tree of booleans, or a function of the
-        parameters that makes one. By default all weights, as `weight_mask` says:
-        biases and normalization scales never, since no bound on the sensitivity to
-        inputs depends on them. `left_out` lists them.
-      dims: What the axes of weights mean: see `weight_layers`.
+        parameters that makes one. By default `weight_mask` decides and leaves out
+        biases and normalization scales, as `left_out` lists.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one.
 
     Returns:
       A function from parameters to a scalar, in float32 at least.
 
     Raises:
-      ValueError: A number is negative, infinite or NaN; ``scope`` is neither; a weight
-        cannot be centred (see `equivalent_norm`); or trees do not match.
+      ValueError: A number is negative, infinite or NaN, or ``scope`` is neither. On a
+        call, ``mask`` or ``dims`` does not match the parameters, or a weight that is to
+        be centred has one input a unit (one element, with ``scope="layer"``).
       TypeError: A number is no scalar, or ``center`` no boolean.
 
     References:
       Li, Chen, Xia, Yang, `Understanding the Disharmony between Weight Normalization
-      Family and Weight Decay <https://arxiv.org/abs/1911.05920>`_, 2019; the centred
+      Family and Weight Decay <https://arxiv.org/abs/1911.05920>`_, 2019. The centred
       form is that of its first author's code.
 
     Example:
@@ -128,27 +128,34 @@ def add_shifted_l2(
 
     .. warning::
       After the learning rate, as in ``optax.chain(optax.sgd(0.1),
-      wr.add_shifted_l2(...))``, the sign is wrong.
+      wr.add_shifted_l2(...))``, the sign is wrong, since updates are by then what is
+      added to the weights.
 
     Args:
-      strength: As in `shifted_l2`, or a schedule of the steps.
-      epsilon: Likewise.
-      scope: As in `shifted_l2`.
-      center: As in `shifted_l2`.
-      mask: As in `shifted_l2`.
-      dims: As in `shifted_l2`.
+      strength: ``lambda >= 0``: a number, a traced scalar or a schedule of the step
+        count. The authors take 1e-4.
+      epsilon: A norm, or, centred, a standard deviation, 0 or more: a number, a traced
+        scalar or a schedule of the step count. The authors take 1e-3, centred.
+      scope: What sums, means and norms are taken over, ``"unit"`` or ``"layer"``.
+      center: Whether the deviation from the mean is shifted, and not the norm.
+      mask: Which leaves to penalize: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one.
 
     Returns:
-      A transformation that needs ``params``. Updates keep their dtype; the gradient is
-      computed in float32 at least.
+      A transformation that needs ``params``. Updates keep their dtype, and the gradient
+      is computed in float32 at least.
 
     Raises:
-      ValueError: As in `shifted_l2`; or in ``update``, ``params`` is not passed, or
-        ``updates`` do not fit it.
-      TypeError: As in `shifted_l2`.
+      ValueError: A number is negative, infinite or NaN, ``scope`` is neither, ``mask``
+        or ``dims`` does not match the parameters, or a weight that is to be centred has
+        one input a unit (one element, with ``scope="layer"``). In ``update``,
+        ``params`` is not passed, or ``updates`` does not fit it.
+      TypeError: A number is neither a scalar nor a schedule, or ``center`` no boolean.
 
     References:
-      As in `shifted_l2`.
+      Li, Chen, Xia, Yang, 2019, and the code of its first author.
 
     Example:
       >>> import jax.numpy as jnp
@@ -188,9 +195,9 @@ def add_shifted_l2(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # traced once for one shape
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # It is traced once a shape.
 def _value(w, epsilon, scope: str, center: bool, axes: Axes) -> jax.Array:
-    """``sum_j (c_j - e)**2 + k mu_j**2`` with the norm ``c_j`` of the deviations."""
+    """The sum of ``(c_j - e)**2 + k mu_j**2`` with the norms ``c_j`` of deviations."""
     size, aim, mean, count = _prepare(w, epsilon, scope, center, axes)
     return jnp.sum((size - aim) ** 2 + count * mean**2)
 
@@ -206,8 +213,9 @@ def _value_jvp(scope, center, axes, primals, tangents):
     return _value(w, epsilon, scope, center, axes), out_dot
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))  # traced once for one shape
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))  # It is traced once a shape.
 def _gradient(w, strength, epsilon, scope: str, center: bool, axes: Axes) -> jax.Array:
+    """The gradient of the penalty by one leaf."""
     w = w.astype(compute_dtype(w.dtype))
     aim = _aim(jnp.asarray(epsilon, w.dtype), w.shape, scope, center, axes)
     pull = aim * direction(w, measure(group_of(axes, scope), center, w))
@@ -215,7 +223,7 @@ def _gradient(w, strength, epsilon, scope: str, center: bool, axes: Axes) -> jax
 
 
 def _prepare(w, epsilon, scope: str, center: bool, axes: Axes):
-    """Norms of the deviations, what they should be, the means, and the groups' size."""
+    """Norms of deviations, the norms they should have, means, and weights a group."""
     group = group_of(axes, scope)
     s = measure(group, center, w.astype(compute_dtype(w.dtype)))
     unscale = lambda x: x * (1 / s.rest) * (1 / s.half)  # noqa: E731
@@ -225,6 +233,6 @@ def _prepare(w, epsilon, scope: str, center: bool, axes: Axes):
 
 
 def _aim(epsilon: jax.Array, shape, scope: str, center: bool, axes: Axes) -> jax.Array:
-    """The norm that deviations should have: epsilon is theirs, or their root mean."""
+    """The norm that deviations should have, of which epsilon may be the root mean."""
     count = math.prod(shape[a] for a in group_of(axes, scope))
     return epsilon * (math.sqrt(count) if center else 1.0)

@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from weightreg._core._chain import LayerOrder, chain_norms, chain_of, stack_of
-from weightreg._core._norms import Axes, norm_of, parse_norm
-from weightreg._core._scaled import Scaled, cumulative_product, or_one
+from weightreg._core._norms import (
+    Axes,
+    Scaled,
+    cumulative_product,
+    norm_of,
+    or_one,
+    parse_norm,
+)
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
 
 _FROBENIUS = (2.0, 2.0)
@@ -37,7 +43,7 @@ def input_gradient_bound(
     the norm of its kernel. (The last layer does not need it: an output at one position
     sees one window.) With strides it may be far from tight. The paper's constant is 1.
 
-    It holds, but for rounding, for chains of
+    The bound holds, but for rounding, for chains of
 
     - dense layers and convolutions, with biases, any stride, dilation or groups, and
       padding by zeros (or circular padding of images at least as large as the window);
@@ -53,29 +59,37 @@ def input_gradient_bound(
 
     Args:
       params: Any tree of parameters.
-      layers: The layers in order, as in `shift_scales`. Only which is the last one
-        matters. With ``None`` it is the last of `weight_layers`, by names: ``down``
-        comes before ``up``. It is an error if anything but weights and their biases is
-        there, or layers in that order do not fit together.
+      layers: The layers in the order in which the network calls them: `WeightLayer`
+        objects, or paths of weights (``"Dense_0/kernel"``) or of their modules
+        (``"Dense_0"``). Only which is the last one matters. ``None`` means all weights
+        in the order of `weight_layers`, which goes by names: ``down`` comes before
+        ``up``. Then nothing but weights and their biases may be there.
       norm: ``"frobenius"``, or ``"spectral"``, which is never larger but takes a
         singular value decomposition of every layer's kernel matrix.
-      mask: Which leaves are weights, as in `weight_mask`.
-      dims: What their axes mean, as in `weight_layers`. Where a weight has several
-        input axes, all but the last are taken for a window.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one. Where a weight has several input
+        axes, all but the last are taken for a window.
 
     Returns:
       The bounds, ``(outputs,)``, or of the shape of the last layer's output axes if
-      there are several; in float32 at least. The product is not formed in one float: a
-      bound is infinite or 0 only where it is out of range itself.
+      there are several, in float32 at least. A bound is infinite or 0 only where it is
+      out of range itself.
 
     Raises:
-      ValueError: ``norm`` is neither; there is no layer; or as in `shift_scales`, but
-        for factors.
+      ValueError: ``norm`` is neither; there is no weight; ``mask`` or ``dims`` does not
+        match the parameters; a name in ``layers`` stands for no weight or for several,
+        or twice for one; stack axes are not the leading ones; a bias does not have its
+        layer's units; or ``layers`` is ``None`` and a floating leaf is neither a weight
+        nor a ``bias`` beside one, or layers do not fit together in their order.
       TypeError: ``layers`` is of another type.
 
     References:
-      Liu, Cui, Chan, 2020, eq. 15 and appendix A.3, which takes the norm of a ReLU
-      layer's diagonal of zeros and ones for its size; it is 1 at most.
+      Liu, Cui, Chan, Improve Generalization and Robustness of Neural Networks via
+      Weight Scale Shifting Invariant Regularizations, 2020, eq. 15 and appendix A.3,
+      which takes the norm of a ReLU layer's diagonal of zeros and ones for its size. It
+      is 1 at most.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,11 +110,11 @@ def input_gradient_bound(
 
 
 class GbrBounds(NamedTuple):
-    """Logarithms of what bounds the generalization-bound regularizer.
+    """Logarithms of two bounds on the generalization-bound regularizer.
 
     Attributes:
-      log_product: That of the product of squared norms.
-      log_mean_power: That of their mean, to the power of their number.
+      log_product: The logarithm of the product of squared norms.
+      log_mean_power: That of the mean of squared norms to the power of their number.
     """
 
     log_product: jax.Array
@@ -114,26 +128,28 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
       \mathrm{GBR} \le \prod_{l=1}^L \|W_l\|_F^2
         \le \Big( \frac 1 L \sum_{l=1}^L \|W_l\|_F^2 \Big)^L
 
-    The first holds for chains of dense layers with biases, between elementwise
+    The first bound holds for chains of dense layers with biases, between elementwise
     activations whose slope is at most 1 (ReLU, tanh), with ``f`` the logits or their
-    probabilities; it is an equality for one linear layer. It does not hold for
+    probabilities. It is an equality for one linear layer. It does not hold for
     convolutions, whose operator has a larger norm than their kernel, nor with
-    normalization or branches: there it is the paper's analogy. The second, between
+    normalization or branches, where it is the paper's analogy. The second, between
     means, is an equality where all norms are equal, as `equivalent_norm` makes them.
 
     Args:
       params: Any tree of parameters.
-      mask: Which leaves are weights, as in `weight_mask`.
-      dims: What their axes mean, as in `weight_layers`; only stacked layers, which
-        count one by one, depend on it.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one.
 
     Returns:
-      Two scalars that can be differentiated, in float32 at least: minus infinity where
-      a layer (for the second, every one) is zero, and 0 without any weight.
+      Two scalars that can be differentiated, in float32 at least. They are minus
+      infinity where a layer (for the second, every one) is zero, and 0 without layers.
 
     Raises:
-      ValueError: As in `weight_layers`.
-      TypeError: As in `weight_mask`.
+      ValueError: ``mask`` or ``dims`` does not match the parameters.
+      TypeError: ``mask`` holds something other than booleans, or is true for a leaf
+        that is no floating-point array.
 
     References:
       Li, Chen, Yang, Generalization Bound Regularizer, eq. 17.
@@ -151,15 +167,14 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
     layers = weight_layers(params, mask=mask, dims=dims)
     if not layers:
         return GbrBounds(jnp.zeros([]), jnp.zeros([]))
-    norms = chain_norms(params, layers, _FROBENIUS)
-    return _gbr_bounds(norms)
+    return _gbr_bounds(chain_norms(params, layers, _FROBENIUS))
 
 
 @jax.jit
 def _bound(norms: Scaled, factors: jax.Array, units: Scaled) -> jax.Array:
     """The units' norms times all norms but the last, each with a factor of its own."""
     fractions = norms.fraction * factors.astype(norms.fraction.dtype)
-    # In the place of the last layer, which may be the last of a stack, a one.
+    # A one takes the place of the last layer, which may be the last of a stack.
     others = Scaled(fractions.at[-1].set(1), norms.exponent.at[-1].set(0))
     product = cumulative_product(others)
     fraction = units.fraction * product.fraction[-1]
@@ -168,6 +183,7 @@ def _bound(norms: Scaled, factors: jax.Array, units: Scaled) -> jax.Array:
 
 @jax.jit
 def _gbr_bounds(norms: Scaled) -> GbrBounds:
+    """Both bounds, for one norm or more."""
     count, zero = norms.fraction.size, norms.fraction == 0
     logs = jnp.sum(jnp.log2(or_one(norms.fraction)))
     exponents = jnp.sum(jnp.where(zero, 0, norms.exponent))  # exact, as integers
@@ -184,7 +200,7 @@ def _gbr_bounds(norms: Scaled) -> GbrBounds:
 
 def _window_roots(layer: WeightLayer) -> np.ndarray:
     """The root of the window's size, for every layer of a stack."""
-    # With dims, two input axes may be attention's or a window: assume a window.
+    # With dims, two input axes may be attention's or a window, which is safe to assume.
     window = math.prod(layer.shape[a] for a in layer.input_axes[:-1])
     return np.full(math.prod(stack_of(layer)), math.sqrt(window))
 

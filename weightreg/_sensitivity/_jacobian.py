@@ -11,8 +11,7 @@ from jax import lax
 
 from weightreg._core._arguments import check_count, compute_dtype, show_path
 from weightreg._core._mesh import gathered, placed
-from weightreg._core._norms import Axes, norm_of
-from weightreg._core._scaled import Scaled, or_one
+from weightreg._core._norms import Axes, Scaled, norm_of, or_one
 
 _FROBENIUS = (2.0, 2.0)
 
@@ -29,25 +28,24 @@ def input_gradient_norms(
       \Big\| \frac{\partial f_j(x_i)}{\partial x_i} \Big\|_2
       \qquad \text{for every example } i \text{ and output } j
 
-    Whether ``f`` gives logits, probabilities or a loss is the caller's choice; the
+    Whether ``f`` gives logits, probabilities or a loss is the caller's choice. The
     network should be in inference mode. All gradients of an example are computed in one
-    pass: forward where it has fewer inputs than outputs, else backward. The result can
-    be differentiated again, to be a penalty in training; the derivative of a norm at a
+    pass, forward where it has fewer inputs than outputs, else backward. The result can
+    be differentiated again, to be a penalty in training. The derivative of a norm at a
     gradient of 0 is 0.
 
     Args:
-      f: From one example, and what ``args`` hold for it, to one floating array of any
-        shape. It must not know about the batch.
+      f: Function of one example, and of what ``args`` hold for it, to one floating
+        array of any shape. It must not know about the batch.
       x: The examples, a floating array ``(batch, ...)``.
       *args: Further arguments of ``f``, such as labels: arrays, or trees of arrays, of
         the same first axis. Nothing is differentiated by them.
-      batch_size: How many examples to take at once: less memory, more time. ``None``
-        takes all. Each holds its whole Jacobian.
+      batch_size: How many examples to take at once. Fewer take less memory and more
+        time, since each holds its whole Jacobian. ``None`` takes all.
 
     Returns:
-      The norms, ``(batch, *outputs)`` for an output of shape ``outputs``, hence
-      ``(batch,)`` for a scalar, in float32 at least. Squares are not formed: a norm is
-      infinite or 0 only where it is out of range itself.
+      The norms, ``(batch, *outputs)`` for an output of shape ``outputs``, in float32 at
+      least. A norm is infinite or 0 only where it is out of range itself.
 
     Raises:
       ValueError: ``x`` has no axis, ``args`` has a leaf with another first axis, or
@@ -77,19 +75,18 @@ def input_gradient_norms(
     def norms(example: jax.Array, *rest: Any) -> jax.Array:
         jacobian = _jacobian(f, example, rest)
         inputs = tuple(range(jacobian.ndim - example.ndim, jacobian.ndim))
-        return jnp.squeeze(
-            norm_of(jacobian, _FROBENIUS, Axes(inputs, ())).value(), inputs
-        )
+        size = norm_of(jacobian, _FROBENIUS, Axes(inputs, ()))
+        return jnp.squeeze(size.value(), inputs)
 
     return _map(norms, (x, *args), batch_size)
 
 
 class Estimate(NamedTuple):
-    """What random projections say.
+    """What random projections say about a mean.
 
     Attributes:
-      mean: An unbiased estimate.
-      standard_error: The estimate's standard deviation, itself estimated.
+      mean: An unbiased estimate of it.
+      standard_error: The standard deviation of that estimate, itself estimated.
     """
 
     mean: jax.Array
@@ -126,45 +123,45 @@ def jacobian_norms(
     key: jax.Array | None = None,
     batch_size: int | None = None,
 ) -> jax.Array | Estimate:
-    r"""Squared Frobenius norms of a network's input-output Jacobian, one an example.
+    r"""Squared Frobenius norms of a network's input-output Jacobian, one per example.
 
     .. math::
       \Big\| \frac{\partial f(x_i)}{\partial x_i} \Big\|_F^2
         = \mathbb E_v \Big\| \frac{\partial \, v^\top f(x_i)}{\partial x_i} \Big\|_2^2,
       \qquad v \sim \mathcal N(0, I)
 
-    Exact, in the cheaper of forward and reverse mode; or, with ``probes``, the mean
-    over that many random ``v``, of one backward pass each.
+    The norms are exact, in the cheaper of forward and reverse mode; or, with
+    ``probes``, the mean over that many random ``v``, of one backward pass each.
 
-    What ``f`` is matters: logits, `probabilities` of them, or the labelled class's
-    probability, `label_probability`, which the paper's derivation takes. The network
+    It matters what ``f`` gives: logits, `probabilities` of them, or the probability of
+    the label, `label_probability`, which the paper's derivation takes. The network
     should be in inference mode. The result can be differentiated, to be a penalty in
     training.
 
     Args:
-      f: From one example, and what ``args`` hold for it, to one floating array of any
-        shape. It must not know about the batch.
+      f: Function of one example, and of what ``args`` hold for it, to one floating
+        array of any shape. It must not know about the batch.
       x: The examples, a floating array ``(batch, ...)``.
       *args: Further arguments of ``f``, such as labels: arrays, or trees of arrays, of
         the same first axis. Nothing is differentiated by them.
-      probes: Number of random projections, 2 or more; ``None`` for the exact norms.
-      key: Key of ``jax.random``, with ``probes``. Every example has its own ``v``;
-        inside of ``shard_map`` give every device its own key.
-      batch_size: How many examples to take at once: less memory, more time. ``None``
-        takes all. Each holds its whole Jacobian, or its projections; a derivative of
-        the result computes them again. Where an explicit mesh splits the examples,
-        batches are taken on every device.
+      probes: Number of random projections, 2 or more. ``None`` gives the exact norms.
+      key: Key of ``jax.random``, to be given with ``probes``. Every example has its own
+        ``v``. Inside of ``shard_map`` give every device its own key.
+      batch_size: How many examples to take at once. Fewer take less memory and more
+        time, since each holds its whole Jacobian or its projections, which a derivative
+        of the result computes again. Where an explicit mesh splits the examples,
+        batches are taken on every device. ``None`` takes all.
 
     Returns:
-      The squared norms ``(batch,)`` in float32 at least; or with ``probes`` an
+      The squared norms ``(batch,)`` in float32 at least, or with ``probes`` an
       `Estimate` of two such arrays.
 
     Raises:
       ValueError: ``x`` has no axis, ``args`` has a leaf with another first axis,
         ``batch_size`` is below 1 or ``probes`` below 2, or only one of ``probes`` and
         ``key`` is given.
-      TypeError: ``x`` is no floating-point array, ``f`` does not return one, or a
-        number is no integer.
+      TypeError: ``x`` is no floating-point array, ``f`` does not return one, or
+        ``probes`` or ``batch_size`` is no integer.
 
     References:
       Li, Chen, Yang, Generalization Bound Regularizer, eqs. 2, 18.
@@ -183,15 +180,23 @@ def jacobian_norms(
       True
     """
     x = _examples(x, args)
+    if (probes is None) != (key is None):
+        raise ValueError("probes and key must be given together, or neither.")
     if probes is None or key is None:
-        _check_neither(probes, key)
-        return _map(functools.partial(_squared_norm, f), (x, *args), batch_size)
+
+        def exact(example: jax.Array, *rest: Any) -> jax.Array:
+            jacobian = _jacobian(f, example, rest)
+            return _square(tuple(range(jacobian.ndim)), jacobian).reshape(())
+
+        return _map(exact, (x, *args), batch_size)
     count = check_count("probes", probes, 2)
-    keys = _along(x, jax.random.split(key, x.shape[0]))
+    keys = jax.random.split(key, x.shape[0])
+    if (spec := placed(x, (0,), None)) is not None:
+        keys = jax.sharding.reshard(keys, spec)
 
     def estimate(key: jax.Array, example: jax.Array, *rest: Any) -> Estimate:
         squares = _projected(f, key, count, example, rest)
-        # Squares have squares in range only after division by one of them.
+        # Their variance is in range only after division by one of them.
         largest = or_one(lax.stop_gradient(jnp.max(squares)))
         error = jnp.std(squares / largest, ddof=1) / math.sqrt(count)
         return Estimate(jnp.mean(squares), largest * error)
@@ -229,28 +234,35 @@ def gbr(
     key: jax.Array | None = None,
     batch_size: int | None = 100,
 ) -> jax.Array | Estimate:
-    r"""The generalization-bound regularizer, over a data set.
+    r"""The generalization-bound regularizer of a network on a data set.
 
     .. math::
       \frac 1 n \sum_{i=1}^n \Big\| \frac{\partial f(x_i)}{\partial x_i} \Big\|_F^2
 
-    The mean of `jacobian_norms`, a batch at a time.
+    This is the mean of what `jacobian_norms` gives, a batch at a time.
 
     Args:
-      f: As in `jacobian_norms`.
-      x: As in `jacobian_norms`, one example or more.
-      *args: As in `jacobian_norms`.
-      probes: As in `jacobian_norms`. With many examples, few will do: 2.
-      key: As in `jacobian_norms`.
-      batch_size: How many examples to take at once.
+      f: Function of one example, and of what ``args`` hold for it, to one floating
+        array of any shape. It must not know about the batch.
+      x: The examples, a floating array ``(batch, ...)`` of one example or more.
+      *args: Further arguments of ``f``, such as labels: arrays, or trees of arrays, of
+        the same first axis. Nothing is differentiated by them.
+      probes: Number of random projections per example, 2 or more. With many examples 2
+        will do. ``None`` gives the exact norms.
+      key: Key of ``jax.random``, to be given with ``probes``. Inside of ``shard_map``
+        give every device its own key.
+      batch_size: How many examples to take at once. ``None`` takes all.
 
     Returns:
-      A scalar, in float32 at least; or with ``probes`` an `Estimate`, whose error is
+      A scalar, in float32 at least, or with ``probes`` an `Estimate`, whose error is
       that of the projections alone, not that of having these examples and no others.
 
     Raises:
-      ValueError: As in `jacobian_norms`, or there is no example.
-      TypeError: As in `jacobian_norms`.
+      ValueError: ``x`` has no axis or no example, ``args`` has a leaf with another
+        first axis, ``batch_size`` is below 1 or ``probes`` below 2, or only one of
+        ``probes`` and ``key`` is given.
+      TypeError: ``x`` is no floating-point array, ``f`` does not return one, or
+        ``probes`` or ``batch_size`` is no integer.
 
     References:
       Li, Chen, Yang, Generalization Bound Regularizer, eq. 18.
@@ -264,12 +276,11 @@ def gbr(
     """
     if jnp.ndim(x) and not jnp.shape(x)[0]:
         raise ValueError("x must have one example at least, but has none.")
-    if probes is None or key is None:
-        _check_neither(probes, key)
-        return jnp.mean(jacobian_norms(f, x, *args, batch_size=batch_size))
-    means, errors = jacobian_norms(
-        f, x, *args, probes=probes, key=key, batch_size=batch_size
-    )
+    projections: Any = {"probes": probes, "key": key}
+    found: Any = jacobian_norms(f, x, *args, batch_size=batch_size, **projections)
+    if probes is None:
+        return jnp.mean(found)
+    means, errors = found
     error = norm_of(errors, _FROBENIUS, Axes((0,), ())).value().reshape(())
     return Estimate(jnp.mean(means), error / errors.size)
 
@@ -278,7 +289,7 @@ def probabilities(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """The softmax of a network's logits, over their last axis.
 
     Args:
-      f: From one example, and further arguments, to logits ``(..., classes)``.
+      f: Function of one example, and further arguments, to logits ``(..., classes)``.
 
     Returns:
       A function of the same arguments to probabilities, for `jacobian_norms`.
@@ -296,7 +307,7 @@ def label_probability(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """The probability of an example's label.
 
     Args:
-      f: From one example, and further arguments, to logits ``(classes,)``.
+      f: Function of one example, and further arguments, to logits ``(classes,)``.
 
     Returns:
       A function ``(x, label, *args)`` to a probability, for `jacobian_norms`:
@@ -312,7 +323,7 @@ def label_probability(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def _examples(x: Any, args: tuple[Any, ...]) -> jax.Array:
-    """The examples, after a check that ``args`` has as many."""
+    """The examples, checked, as is that ``args`` have as many."""
     dtype = getattr(x, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         what = f"type {type(x).__name__}" if dtype is None else f"dtype {dtype}"
@@ -322,18 +333,14 @@ def _examples(x: Any, args: tuple[Any, ...]) -> jax.Array:
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         if jnp.shape(leaf)[:1] != x.shape[:1]:
             raise ValueError(
-                f"args{show_path(path)} has shape {jnp.shape(leaf)}: expected the "
-                f"first axis of x, {x.shape[0]} examples."
+                f"args{show_path(path)} must have the first axis of x, {x.shape[0]} "
+                f"examples, but has shape {jnp.shape(leaf)}."
             )
     return jnp.asarray(x)
 
 
-def _check_neither(probes: int | None, key: jax.Array | None) -> None:
-    if probes is not None or key is not None:
-        raise ValueError("probes and key must be given together, or neither.")
-
-
 def _check_output(out: Any) -> None:
+    """Refuses what is not one array of floats, or the shape and dtype of one."""
     is_array = isinstance(out, jax.ShapeDtypeStruct | jax.Array)
     if not is_array or not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"f must return one floating-point array, but returns {out}.")
@@ -342,20 +349,12 @@ def _check_output(out: Any) -> None:
 def _jacobian(
     f: Callable[..., jax.Array], example: jax.Array, args: tuple[Any, ...]
 ) -> jax.Array:
-    """One example's ``(*outputs, *inputs)``, in the cheaper mode."""
+    """The Jacobian ``(*outputs, *inputs)`` of one example, in the cheaper mode."""
     out = jax.eval_shape(f, example, *args)
     _check_output(out)
     differentiate = jax.jacfwd if example.size < out.size else jax.jacrev
     dtype = compute_dtype(example.dtype, out.dtype)
     return differentiate(f)(example, *args).astype(dtype)
-
-
-def _squared_norm(
-    f: Callable[..., jax.Array], example: jax.Array, *args: Any
-) -> jax.Array:
-    """The exact squared norm of one example's Jacobian."""
-    jacobian = _jacobian(f, example, args)
-    return _square(tuple(range(jacobian.ndim)), jacobian).reshape(())
 
 
 def _projected(
@@ -369,9 +368,9 @@ def _projected(
     out, pullback = jax.vjp(lambda x: f(x, *args), example)
     _check_output(out)
     vectors = jax.random.normal(key, (probes, *out.shape), compute_dtype(out.dtype))
-    # Short ones: a random sum of gradients may be out of float16's range.
+    # They are made short, for a random sum of gradients may be out of float16's range.
     shrink = 2.0 ** -math.ceil(math.log2(4 * math.sqrt(max(out.size, 1))))
-    # A 0 that, inside of shard_map, differs between devices as the output does.
+    # Inside of shard_map this 0 makes them vary between devices as the output does.
     zero = jnp.where(out == out, 0, 0).astype(out.dtype)
     (gradients,) = jax.vmap(pullback)((shrink * vectors).astype(out.dtype) + zero)
     wide = gradients.astype(compute_dtype(gradients.dtype)) / shrink
@@ -393,29 +392,23 @@ def _square_jvp(axes, primals, tangents):
 
 
 def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> Any:
-    """``vmap``, of ``batch_size`` examples at a time."""
+    """Maps ``f`` over the first axes of arguments, ``batch_size`` entries at a time."""
     if batch_size is None:
         return jax.vmap(f)(*xs)
     size = check_count("batch_size", batch_size, 1)
     count = len(jax.tree.leaves(xs)[0])
     whole = count - count % size
-    # A derivative, too, is to hold no more than one batch: it computes them again.
+    # A derivative, too, holds no more than one batch, since it computes them again.
     batch = jax.checkpoint(jax.vmap(f))
     if size >= count:
         return batch(*xs)
-    # Of which any batch can be taken, if an explicit mesh splits them.
+    # If an explicit mesh splits the examples, no batch could be taken.
     xs = jax.tree.map(lambda x: gathered(x, range(1, x.ndim)), xs)
+    # The batch_size of lax.map would divide by 0 where outputs have no entries.
     split = lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:])  # noqa: E731
     join = lambda a: a.reshape(whole, *a.shape[2:])  # noqa: E731
-    out = lax.map(lambda x: batch(*x), jax.tree.map(split, xs))
-    out = jax.tree.map(join, out)
+    out = jax.tree.map(join, lax.map(lambda x: batch(*x), jax.tree.map(split, xs)))
     if whole < count:
         rest = batch(*jax.tree.map(lambda a: a[whole:], xs))
         out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, rest)
     return out
-
-
-def _along(x: jax.Array, keys: jax.Array) -> jax.Array:
-    """Keys, one an example, placed as the examples are."""
-    spec = placed(x, (0,), None)
-    return keys if spec is None else jax.sharding.reshard(keys, spec)

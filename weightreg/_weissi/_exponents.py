@@ -1,6 +1,7 @@
 """The weights that a penalty is made of, and the exponent of each."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,20 +29,24 @@ def cnn_exponents(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
     """The exponents of the CNN form: 2 for convolutions and 1 for all other weights.
 
     A convolution's kernel acts at every position, hence more than that of a dense
-    layer. Scale can then be shifted for free between convolutions only.
+    layer. With these exponents a shift of scale between a convolution and a dense layer
+    changes the penalty. Functions with an argument ``exponents`` take this one itself:
+    ``exponents=wr.cnn_exponents``.
 
     Args:
       params: Any tree of parameters.
-      mask: As in `weight_mask`.
-      dims: As in `weight_layers`, which also says what counts as a convolution.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean, and hence which are convolutions: see
+        `weight_layers`.
 
     Returns:
-      A tree of numbers, ``None`` for leaves that are no weights. `weissi` and the
-      others take this function itself: ``exponents=wr.cnn_exponents``.
+      A tree of numbers, with ``None`` for leaves that are no weights.
 
     Raises:
-      ValueError: As in `weight_layers`.
-      TypeError: ``params`` is a step count (see `weight_mask`).
+      ValueError: ``mask`` or ``dims`` does not match the parameters.
+      TypeError: ``params`` is a step count, which ``optax.inject_hyperparams`` passes
+        to functions that it takes for schedules.
 
     References:
       Liu, Cui, Chan, 2020, section 5, "CNNs".
@@ -74,11 +79,11 @@ class Weights(NamedTuple):
         return cls(layers, [leaves[layer.index] for layer in layers], powers)
 
     def arrays(self) -> list[jax.Array]:
-        """The weights as arrays, which shapes alone, in ``init``, are not."""
+        """The weights as arrays. In ``init`` the leaves may be mere shapes."""
         return [jnp.asarray(leaf) for leaf in self.leaves]
 
     def indices(self) -> list[int]:
-        """Positions in ``jax.tree.leaves(params)``."""
+        """The positions of the weights in ``jax.tree.leaves(params)``."""
         return [layer.index for layer in self.layers]
 
     def tree(self, params: Any, values: list[Any]) -> Any:
@@ -89,23 +94,19 @@ class Weights(NamedTuple):
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def pick(self, params: Any, tree: Any) -> list[Any]:
-        """The values of such a tree."""
+        """The values that a tree made by `tree` has for the weights."""
         leaves = jax.tree.structure(params).flatten_up_to(tree)
         return [leaves[index] for index in self.indices()]
 
     def axes(self) -> tuple[Axes, ...]:
-        """The roles of their axes."""
+        """The roles of the axes of every weight."""
         return tuple(Axes.of(layer) for layer in self.layers)
 
 
 def _powers(
-    exponents: Any,
-    params: Any,
-    layers: tuple[WeightLayer, ...],
-    mask: Mask,
-    dims: Dims,
+    exponents: Any, params: Any, layers: Iterable[WeightLayer], mask: Mask, dims: Dims
 ) -> list[Any]:
-    """The exponent of every weight, checked."""
+    """Checks the exponents, and gives that of every weight."""
     if exponents is cnn_exponents:
         tree = cnn_exponents(params, mask=mask, dims=dims)
     else:
@@ -113,10 +114,12 @@ def _powers(
     found = match("exponents", tree, params)
     leaves = jax.tree.leaves(params)
     for layer in layers:
-        power = found[layer.index]
-        where = f"exponents at {layer.path}"
+        power, where = found[layer.index], f"exponents at {layer.path}"
         if is_hole(power):
-            raise TypeError(f"{where} must be a number: the leaf is to be penalized.")
+            raise TypeError(
+                f"{where} must be a number: the leaf is to be penalized. Leave it out "
+                "with mask=, or give it a number."
+            )
         check_scalar(where, power, 0, math.inf)
     return [
         jnp.asarray(found[x.index], compute_dtype(jnp.result_type(leaves[x.index])))

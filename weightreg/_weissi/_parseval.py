@@ -39,62 +39,57 @@ def parseval(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Moves every weight a little towards orthonormal rows after each step.
 
-    With :math:`\hat W = W + U` the weight that the updates propose, one row a unit,
+    With :math:`\hat W = W + U` the weight that the updates propose, one row a unit, the
+    step is
 
     .. math::
       W \leftarrow (1 + \beta) \hat W - \beta \hat W \hat W^\top \hat W .
 
-    This is a step of gradient descent on
-    :math:`\frac \beta 4 \|W W^\top - I\|_F^2`. It keeps the singular vectors of
-    :math:`\hat W` and maps each singular value ``s`` to :math:`s + \beta s (1 - s^2)`,
-    of which 0 and 1 are the fixed points. Alone, for :math:`0 < \beta \le 1`, it takes
-    every
+    It is one of gradient descent on :math:`\frac \beta 4 \|W W^\top - I\|_F^2`. It
+    keeps the singular vectors of :math:`\hat W` and maps each singular value ``s`` to
+    :math:`s + \beta s (1 - s^2)`, of which 0 and 1 are the fixed points. Alone, for
+    :math:`0 < \beta \le 1`, it takes every :math:`0 < s < \sqrt{1 + 2 / \beta}` to 1,
+    in the end by the factor :math:`|1 - 2 \beta|` a step. (Single values that hit 0 on
+    the way, such as :math:`\sqrt{1 + 1 / \beta}`, are exceptions.) Rows become
+    orthonormal, or columns do where there are more units than inputs. A singular value
+    of 0 stays 0 but for rounding, the bound itself only changes its sign, and beyond it
+    weights grow until they are infinite. Up to :math:`\beta = 1/2` no ``s < 1``
+    overshoots.
 
-    .. math::
-      0 < s < \sqrt{1 + 2 / \beta}
-
-    to 1 (but for single values that hit 0 on the way, such as
-    :math:`\sqrt{1 + 1 / \beta}`), in the end by the factor :math:`|1 - 2 \beta|` a
-    step: to orthonormal rows, or to orthonormal columns where there are more units
-    than inputs. A singular value of 0 stays 0 but for rounding, the bound itself only
-    changes its sign, and beyond it weights grow until they are infinite. Up to
-    :math:`\beta = 1/2` no ``s < 1`` overshoots.
-
-    A kernel is taken as the matrix of all its input axes, window included, by all its
-    output axes; stacked layers are stepped each on its own. For a convolution it is
-    this matrix that becomes orthonormal; the norm of the convolution itself may be
-    larger, by the root of the number of window positions that one input reaches.
+    A kernel is taken for the matrix of all its input axes, window included, by all its
+    output axes. For a convolution it is this matrix that becomes orthonormal. The norm
+    of the convolution itself may be larger, by the root of the number of window
+    positions that one input reaches.
 
     .. warning::
       It must be the last link of a chain, since updates that a later link changes do
-      not do this step. Inside of ``jax.shard_map`` each weight must be there as a
-      whole.
+      not make this step. Inside of ``jax.shard_map`` each weight must be whole.
 
     Args:
-      beta: 0 or more: a number, a schedule or a traced scalar, which is not checked.
-        Cisse et al. use 1e-4. A change that small is lost in the rounding of weights
-        of 16 bits.
-      mask: Which leaves to change: a tree of booleans, or a function of the
-        parameters that makes one. By default all weights, as `weight_mask` says. The
-        output layer is usually left out; Cisse et al. give it weight decay instead.
-      dims: What the axes of the weights mean: see `weight_layers`.
+      beta: 0 or more: a number, a traced scalar or a schedule of the step count. Cisse
+        et al. take 1e-4. A change that small is lost in the rounding of weights of 16
+        bits.
+      mask: Which leaves to change: a tree of booleans, or a function of the parameters
+        that makes one. By default `weight_mask` decides. The output layer is usually
+        left out; Cisse et al. give it weight decay instead.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which are changed one by one.
 
     Returns:
-      A transformation that needs ``params``. Updates keep their dtype; arithmetic is
-      in float32 at least.
+      A transformation that needs ``params``. Updates keep their dtype, and arithmetic
+      is in float32 at least.
 
     Raises:
-      ValueError: On construction or in ``init``: ``beta`` negative, infinite or NaN,
-        ``mask`` or ``dims`` that do not match, a masked leaf with fewer than two axes.
-        In ``update``: ``params`` not passed, or updates of another structure or
-        shape.
-      TypeError: ``beta`` is no scalar, or a masked leaf no floating-point array of 16,
-        32 or 64 bits.
+      ValueError: ``beta`` is negative, infinite or NaN, ``mask`` or ``dims`` does not
+        match the parameters, or a masked leaf has fewer than two axes. In ``update``,
+        ``params`` is not passed, or ``updates`` does not fit it.
+      TypeError: ``beta`` is neither a scalar nor a schedule, or a masked leaf is no
+        floating-point array of 16, 32 or 64 bits.
 
     References:
       Cisse, Bojanowski, Grave, Dauphin, Usunier, `Parseval Networks
-      <https://arxiv.org/abs/1704.08847>`_, 2017, Algorithm 1, there on a random subset
-      of the rows; here on all of them, as in Liu et al., WEISSI, 2020, section 6.1.
+      <https://arxiv.org/abs/1704.08847>`_, 2017, Algorithm 1, which takes a random
+      subset of the rows; Liu et al., WEISSI, 2020, section 6.1, takes all, as here.
 
     Example:
       >>> import jax.numpy as jnp
@@ -134,24 +129,23 @@ def convex_sum(h: ArrayLike, residual: ArrayLike, logits: ArrayLike) -> jax.Arra
     .. math::
       a h + (1 - a) r, \qquad a = \mathrm{softmax}(l)_1
 
-    Where both branches are ``c``-Lipschitz so is the result, whatever the logits; a
-    plain sum is not. ``weightreg.linen.ConvexSum`` and ``weightreg.nnx.ConvexSum``
-    learn the logits.
+    Where both branches are ``c``-Lipschitz the result is so too, whatever the logits,
+    which a plain sum need not be. ``weightreg.linen.ConvexSum`` and
+    ``weightreg.nnx.ConvexSum`` learn the logits.
 
     Args:
-      h: One branch :math:`h`, usually the identity; any shape, a floating dtype.
-      residual: The other branch :math:`r`, of the same shape.
-      logits: :math:`l`, two numbers of a floating dtype; only their difference
-        matters.
+      h: One branch :math:`h`, usually the identity, of any shape and a floating dtype.
+      residual: The other branch :math:`r`, of the same shape and a floating dtype.
+      logits: Two numbers :math:`l` of a floating dtype. Only their difference matters.
 
     Returns:
       The sum, of the shape of ``h`` and the dtype to which ``h`` and ``residual``
-      promote: that of ``h`` where they have the same. The dtype of ``logits`` has no
-      part in it. Arithmetic is in float32 at least.
+      promote, whatever that of ``logits`` is. Arithmetic is in float32 at least.
 
     Raises:
       TypeError: An argument is no floating-point array.
-      ValueError: ``residual`` has not the shape of ``h``, or ``logits`` not ``(2,)``.
+      ValueError: ``residual`` does not have the shape of ``h``, or ``logits`` does not
+        have shape ``(2,)``.
 
     References:
       Liu et al., WEISSI, 2020, eq. 19; Cisse et al., `Parseval Networks
@@ -189,22 +183,22 @@ def initial_logits(initial: Any, dtype: DTypeLike) -> jax.Array:
         wide = jnp.asarray(initial, compute_dtype(dtype))
         half = 0.5 * (jnp.log(wide) - jnp.log1p(-wide))
     elif 0 < initial < 1:
-        wide = np.float64(initial)  # float32 would take 1 - 1e-9 for 1
+        wide = np.float64(initial)  # In float32, 1 - 1e-9 would be 1.
         half = 0.5 * (np.log(wide) - np.log1p(-wide))
     else:
         raise ValueError(f"initial must be between 0 and 1, but is {initial}.")
     return jnp.asarray(jnp.stack([half, 0 - half]), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))  # traced once for all of one shape
+@functools.partial(jax.jit, static_argnums=(3, 4))  # It is traced once a shape.
 def _step(p, u, beta, kept: tuple[int, ...], stacked: tuple[int, ...]):
-    """One weight's update."""
+    """The update with which one weight makes the step."""
     dtype = compute_dtype(p.dtype, u.dtype)
     wide = u.astype(dtype)
     w = p.astype(dtype) + wide
     excess = w - _cubed(w, kept, stacked)
     beta = jnp.asarray(beta, dtype)
-    # An infinite weight, or one whose cube is, is none of the business of beta = 0.
+    # A beta of 0 leaves updates as they are, even where 0 times infinity would be NaN.
     excess = jnp.where((beta == 0) & ~jnp.isfinite(excess), 0, excess)
     return (wide + beta * excess).astype(u.dtype)
 
@@ -212,8 +206,8 @@ def _step(p, u, beta, kept: tuple[int, ...], stacked: tuple[int, ...]):
 def _cubed(w: jax.Array, kept: tuple[int, ...], stacked: tuple[int, ...]) -> jax.Array:
     """``W W^T W`` of the matrix of ``kept`` axes by the others that are not stacked.
 
-    It is its own transpose's, so that which side are the rows does not matter. By
-    einsum rather than of a reshaped matrix, since no sharding survives a reshape.
+    The transposed matrix has the transposed cube, so that either side may be the rows.
+    Matrices are not formed by a reshape, since no sharding survives one.
     """
     axes = list(range(w.ndim))
     copy = [a + w.ndim if a in kept else a for a in axes]
@@ -225,14 +219,14 @@ def _cubed(w: jax.Array, kept: tuple[int, ...], stacked: tuple[int, ...]) -> jax
 
 
 def _gram_axes(layer: WeightLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of the smaller side, of which the Gram matrix is made; the stacked."""
+    """The axes of the smaller side, of which the Gram matrix is, and the stacked."""
     sides = (layer.output_axes, layer.input_axes)
     kept = min(sides, key=lambda axes: math.prod(layer.shape[a] for a in axes))
     return kept, layer.stack_axes
 
 
 def _layers(params: Any, mask: Mask, dims: Dims) -> dict[int, WeightLayer]:
-    """The layers by the positions of their weights, whose dtypes are checked."""
+    """Checks dtypes, and gives the layers by the positions of their weights."""
     layers = {x.index: x for x in weight_layers(params, mask=mask, dims=dims)}
     check_dtypes("parseval", params, layers)
     return layers

@@ -1,7 +1,7 @@
 """The numerics of WEISSI: value and gradient from the norms of all layers.
 
-The energy, a product of a thousand norms, is never formed but as a fraction and a power
-of two, and gradients are in closed form: a chain of derivatives would pass through the
+The energy may be a product of a thousand norms, and is only formed as a fraction and a
+power of two. Gradients are in closed form, since the chain rule would pass through the
 energy, which may be out of range where the gradient is not.
 """
 
@@ -15,44 +15,41 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from weightreg._core._arguments import check_scalar, compute_dtype
+from weightreg._core._arguments import check_boolean, check_scalar, compute_dtype
 from weightreg._core._norms import (
     Axes,
     Norm,
-    measure,
-    parse_norm,
-    power_iteration,
-    start_vector,
-)
-from weightreg._core._scaled import (
     Scaled,
     add,
     common_exponent,
     halve,
+    measure,
     or_one,
+    parse_norm,
+    power_iteration,
     scaled,
+    start_vector,
     times_power,
 )
 from weightreg._weissi._exponents import Weights
 
-_WARM_UP = 30  # power iterations in init, where they cost nothing
+_WARM_UP = 30  # This is the number of power iterations in init, which runs once.
 
 
 class Form(NamedTuple):
-    """What is computed; static under ``jit``."""
+    """What a penalty computes, which is static under ``jit``."""
 
     energy: bool
     complexity: bool
     log: bool
     norm: Norm
     complexity_norm: Norm
-    log_of_zero: bool = False  # or leave layers of zeros out
+    log_of_zero: bool = False  # If not, the sum leaves layers of zeros out.
 
     @classmethod
     def parse(cls, energy, complexity, log, norm, complexity_norm) -> "Form":
-        """Checks what a user has given; strengths known to be 0 cost nothing."""
-        if not isinstance(log, bool):
-            raise TypeError(f"log must be a boolean, not {log!r}.")
+        """Checks what a user has given, and leaves out terms of strength 0."""
+        check_boolean("log", log)
         return cls(
             _is_wanted("energy", energy),
             _is_wanted("complexity", complexity),
@@ -66,7 +63,7 @@ class Form(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """Strengths, and the exponent of every weight; scalars that may be traced."""
+    """The strengths and the exponent of every weight, scalars that may be traced."""
 
     energy: Scaled
     complexity: Scaled
@@ -79,7 +76,7 @@ class Hyper(NamedTuple):
 
 
 class Size(NamedTuple):
-    """One leaf's norms, of its shape with ones for a layer's own axes."""
+    """A leaf's norms, with ones for the axes of a layer, and their gradients."""
 
     eta: Scaled
     eta_gradient: jax.Array
@@ -88,7 +85,7 @@ class Size(NamedTuple):
 
 
 class _Layers(NamedTuple):
-    """The numbers of all layers, stacked ones too, as vectors."""
+    """The exponents and norms of all layers as vectors, with stacked ones in a row."""
 
     powers: jax.Array
     eta: Scaled
@@ -109,19 +106,19 @@ class _Layers(NamedTuple):
         fraction, exponent = self.sum_of_logs()
         carry = lax.stop_gradient(jnp.round(fraction))
         product = jnp.exp2(fraction - carry)
-        # What this limit is multiplied by is out of range, and int32 is not yet.
+        # Powers of two past this limit are out of range, and int32 still holds them.
         exponent = jnp.clip(exponent + carry, -(2**20), 2**20).astype(jnp.int32)
-        product = jnp.where(self.any_zero(), 0 * product, product)  # but NaN for NaN
+        product = jnp.where(self.any_zero(), 0 * product, product)  # NaN stays NaN.
         return Scaled(strength.fraction * product, strength.exponent + exponent)
 
     def sum_of_logs(self) -> tuple[jax.Array, jax.Array]:
-        """``sum_l n_l log2(eta_l)`` without layers of zeros: two numbers to be added.
+        """``sum_l n_l log2(eta_l)`` without layers of zeros, as two numbers to add.
 
-        The second is a sum of integers, hence exact, and what is left for the first is
-        small: in one float32, the sum over a thousand layers would lose four digits.
+        The second is a sum of integers, hence exact, and the first is small. In one
+        float32 the sum over a thousand layers would lose four digits.
         """
         rest, whole = _log2(self.eta)
-        # Few digits of a power times an integer are exact.
+        # A power of few digits has an exact product with an integer.
         digits = jnp.finfo(whole.dtype).nmant // 2
         coarse = lax.stop_gradient(_coarse(self.powers, digits))
         exponents = jnp.round(coarse * whole)
@@ -134,7 +131,7 @@ class _Layers(NamedTuple):
         return jnp.any((self.eta.fraction == 0) & (self.powers > 0))
 
     def ratio(self) -> jax.Array:
-        """``g(W) / eta(W)``, and 0 for zeros."""
+        """The ratios ``g(W) / eta(W)``, which are 0 for layers of zeros."""
         fraction = self.g.fraction / or_one(self.eta.fraction)
         return times_power(fraction, self.g.exponent - self.eta.exponent)
 
@@ -155,11 +152,7 @@ def _value(
 
 
 def _value_jvp(form, axes, primals, tangents):
-    """By the weights as `penalty_gradients` says; by the rest, as the sums say.
-
-    The chain rule would pass through the energy, which may be out of range where the
-    gradient is not.
-    """
+    """Derivatives by the weights are in closed form, and those by `Hyper` are JAX's."""
     hyper, arrays = primals
     sizes = measure_all(form, axes, arrays)
     value = _total(form, hyper, sizes)
@@ -181,6 +174,7 @@ _value.defjvp(_value_jvp, symbolic_zeros=True)
 
 
 def _instantiate(primal: jax.Array, dot: Any) -> Any:
+    """A tangent as an array, also where it is a symbolic zero."""
     if not isinstance(dot, SymbolicZero):
         return dot
     if jnp.issubdtype(primal.dtype, jnp.integer):
@@ -190,8 +184,8 @@ def _instantiate(primal: jax.Array, dot: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _total(form: Form, hyper: Hyper, sizes: list[Size]) -> jax.Array:
-    """The penalty itself."""
-    if not sizes:  # an empty product is 1
+    """The value of the penalty."""
+    if not sizes:  # An empty product is 1.
         empty = form.energy and not form.log
         return hyper.energy.value() * float(empty)
     layers = _Layers.of(hyper.powers, sizes)
@@ -217,7 +211,8 @@ def penalty_gradients(form: Form, hyper: Hyper, sizes: list[Size]) -> list[jax.A
       \Big( \frac{n_l E}{\eta_l} - \frac{\lambda_c g_l}{\eta_l^2} \Big) \nabla \eta_l
       + \frac{\lambda_c}{\eta_l} \nabla g_l
 
-    with the energy ``E``, strength included, or ``lambda_e`` for the sum of logarithms.
+    Here ``E`` is the energy, strength included, or ``lambda_e`` for the sum of
+    logarithms.
     """
     if not sizes:
         return []
@@ -234,8 +229,8 @@ def penalty_gradients(form: Form, hyper: Hyper, sizes: list[Size]) -> list[jax.A
     by_g = Scaled(complexity.fraction, shift[1])
     exponent = common_exponent(total, by_g)
     half, rest = halve(exponent, eta.fraction.dtype)
-    # XLA would compute these numbers anew in the loop over every weight, on CPU, if
-    # they did not end in divisions, which it takes for too expensive.
+    # The numbers end in divisions, which XLA takes for expensive. On CPU it would else
+    # compute them anew in the loop over every weight.
     divisor = or_one(eta.fraction)
     numbers = (
         total.at(exponent) / divisor,
@@ -249,8 +244,9 @@ def penalty_gradients(form: Form, hyper: Hyper, sizes: list[Size]) -> list[jax.A
     return [_gradient(form, row, size) for row, size in zip(rows, sizes, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=0)  # traced once for all weights of a shape
+@functools.partial(jax.jit, static_argnums=0)  # It is traced once for every shape.
 def _gradient(form: Form, factors: jax.Array, size: Size) -> jax.Array:
+    """The gradient by one weight, of which ``factors`` are the numbers by layer."""
     by_eta, by_g, *powers = factors.reshape(4, *size.eta.fraction.shape)
     gradient = by_eta * size.eta_gradient
     if form.complexity:
@@ -259,12 +255,12 @@ def _gradient(form: Form, factors: jax.Array, size: Size) -> jax.Array:
 
 
 def _coarse(x: jax.Array, digits: int) -> jax.Array:
-    """A number rounded to some binary digits."""
+    """A number rounded to so many binary digits."""
     return lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, digits)
 
 
 def _log2(x: Scaled) -> tuple[jax.Array, jax.Array]:
-    """The logarithm, as a number of at most 1/2 and an integer; 0 and 0 for 0."""
+    """The logarithm as a number of at most 1/2 and an integer, both 0 for 0."""
     fraction = or_one(x.fraction)
     whole = lax.stop_gradient(jnp.round(jnp.log2(fraction)))
     rest = jnp.log2(times_power(fraction, -whole.astype(jnp.int32)))
@@ -281,6 +277,7 @@ def measure_all(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure_one(form: Form, axes: Axes, array: jax.Array) -> Size:
+    """The norms of one weight, and their gradients."""
     return Size(
         *measure(array, form.norm, axes), *measure(array, form.complexity_norm, axes)
     )
@@ -290,7 +287,7 @@ def _measure_one(form: Form, axes: Axes, array: jax.Array) -> Size:
 def _iterate_one(
     form: Form, axes: Axes, iterations: int, array: jax.Array, vector: jax.Array
 ) -> tuple[Size, jax.Array]:
-    """`_measure_one` with power iterations for spectral norms, and new vectors."""
+    """The norms of one weight, spectral ones by power iterations, and new vectors."""
     sigma, direction, vector = power_iteration(array, vector, axes, iterations)
 
     def size(norm: Norm) -> tuple[Scaled, jax.Array]:
@@ -304,13 +301,14 @@ def _iterate_one(
 def iterate_all(
     form: Form, weights: Weights, vectors: list[jax.Array], iterations: int
 ) -> tuple[list[Size], list[jax.Array]]:
+    """The norms of all weights, spectral ones by power iterations, and new vectors."""
     rows = zip(weights.arrays(), weights.axes(), vectors, strict=True)
     sizes = [_iterate_one(form, axes, iterations, a, v) for a, axes, v in rows]
     return [size for size, _ in sizes], [vector for _, vector in sizes]
 
 
 def start_vectors(form: Form, weights: Weights) -> list[jax.Array]:
-    """Singular vectors of the weights as they are in the beginning."""
+    """Estimates of the right singular vectors of the weights before the first step."""
     key = jax.random.key(0)
     pairs = zip(weights.arrays(), weights.axes(), strict=True)
     vectors = [
@@ -321,7 +319,7 @@ def start_vectors(form: Form, weights: Weights) -> list[jax.Array]:
 
 
 def _is_wanted(name: str, strength: Any) -> bool:
-    """Checks a strength, and says whether its term is not known to be 0."""
+    """Checks a strength, and says whether its term may be other than 0."""
     if callable(strength):
         return True
     check_scalar(name, strength, 0, math.inf)

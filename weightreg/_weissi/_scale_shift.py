@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +12,8 @@ from jax import lax
 from jax.core import Tracer
 
 from weightreg._core._arguments import is_real
-from weightreg._core._chain import (
-    Chain,
-    LayerOrder,
-    chain_norms,
-    chain_of,
-    stack_of,
-)
-from weightreg._core._scaled import (
+from weightreg._core._chain import Chain, LayerOrder, chain_norms, chain_of, stack_of
+from weightreg._core._norms import (
     Scaled,
     cumulative_product,
     normalize,
@@ -47,47 +41,47 @@ def shift_scales(
       b_l \leftarrow \gamma_1 \cdots \gamma_l \, b_l, \qquad
       \prod_l \gamma_l = 1, \quad \gamma_l > 0
 
-    The function is the same, but for rounding, where the layers are a chain and all
-    that is between them is positively homogeneous, :math:`\phi(a h) = a \phi(h)`:
-    ReLU and leaky ReLU, the identity, max and average pooling, flattening.
-    Normalization, other activations and branches that are added are not of this kind.
+    The function stays the same, but for rounding, where the layers are a chain and all
+    that is between them is positively homogeneous, :math:`\phi(a h) = a \phi(h)`, as
+    ReLU, leaky ReLU, max and average pooling, and flattening are. Normalization, tanh
+    and GELU are not, and a network that adds branches is no chain.
 
     Args:
       params: Any tree of parameters.
-      factors: One :math:`\gamma_l` a layer, a sequence or an array ``(layers,)``; may
-        be traced, and is then not checked. A leaf that stacks layers (``nn.scan``) has
-        one entry: a number for each of them, or an array of the stack's shape.
-      layers: The layers in the order in which the network calls them: `WeightLayer`
-        objects, or strings for the path of a weight (``"['Dense_0']['kernel']"`` or
-        ``"Dense_0/kernel"``) or of its module (``"Dense_0"``). ``None`` means all
-        weights in the order of `weight_layers`, which goes by names (``Dense_2``,
-        ``Dense_10``, but also ``hidden``, ``input``, ``output``), and then nothing else
-        may be there.
-        Leaves that are not named, nor are the ``bias`` beside a weight that is, stay
-        as they are: what is named must be a stretch of the chain without gaps.
-      mask: Which leaves are weights, as in `weight_mask`.
-      dims: What their axes mean, as in `weight_layers`. Stacked layers need it; their
-        axes must be the leading ones, and they count in order.
+      factors: One :math:`\gamma_l` a layer, as a sequence or an array ``(layers,)``,
+        whose values are not checked where they are traced. A leaf that stacks layers
+        (``nn.scan``) has one entry, a number for each or an array of the stack's shape.
+      layers: The layers in the order in which the network calls them, each a
+        `WeightLayer`, the path of a weight (``"['Dense_0']['kernel']"`` or
+        ``"Dense_0/kernel"``) or that of its module (``"Dense_0"``). They must be a
+        stretch of the chain without gaps. All leaves but their weights and the ``bias``
+        beside each stay as they are. ``None`` means all weights in the order of
+        `weight_layers`, which goes by names (``Dense_2`` before ``Dense_10``, but also
+        ``hidden`` before ``input``). Other floating leaves are then an error.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one, and must be the leading ones.
 
     Returns:
       The parameters of the equivalent network, of the same structure and dtypes.
-      Products are formed in float32 at least and rounded once, and are infinite or 0
+      Products are formed in float32 at least and rounded once. They are infinite or 0
       only where they are out of range themselves.
 
     Raises:
-      ValueError: A factor is not positive and finite, or of another shape; there is
-        not one a layer; their product is not 1 within the rounding of factors, or of
-        their logarithms, to float32; a name in ``layers`` stands for none or several
-        of the weights, or a layer is there twice; stack axes are not the leading ones;
-        a bias does not have its layer's units; or ``layers`` is ``None`` and some
-        floating leaf is neither a weight nor a ``bias`` beside one, or there are biases
-        and the layers do not fit together in the order of their names.
-      TypeError: ``factors`` or ``layers`` are of another type.
+      ValueError: There is not one factor a layer; a factor is not positive and finite,
+        or of another shape; their product is not 1 within the rounding of factors, or
+        of their logarithms, to float32; a name in ``layers`` does not stand for one
+        weight, or a layer is there twice; axes that stack layers are not the leading
+        ones; a bias does not have its layer's units; ``layers`` is ``None``, and there
+        are other floating leaves, or there are biases and the layers do not fit
+        together in that order; or ``mask`` or ``dims`` does not match the parameters.
+      TypeError: ``factors`` or ``layers`` is of another type.
 
     References:
       Liu, Cui, Chan, Improve Generalization and Robustness of Neural Networks via
-      Weight Scale Shifting Invariant Regularizations, 2020, eq. 5; there without
-      saying what becomes of biases.
+      Weight Scale Shifting Invariant Regularizations, 2020, eq. 5, which does not say
+      what becomes of biases.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,37 +107,41 @@ def shift_scales(
 
 
 def balance_scales(
-    params: Any,
-    layers: LayerOrder = None,
-    *,
-    mask: Mask = None,
-    dims: Dims = None,
+    params: Any, layers: LayerOrder = None, *, mask: Mask = None, dims: Dims = None
 ) -> Any:
     r"""The equivalent network whose weight decay is lowest: all norms are equal.
 
-    `shift_scales` with
+    The network is that which `shift_scales` makes with the factors
 
     .. math::
       \gamma_l = \Big( \prod_k \|W_k\|_F \Big)^{1/L} \Big/ \|W_l\|_F
 
-    which takes :math:`\sum_l \|W_l\|_F^2` to its minimum over all shifts,
-    `minimum_weight_decay`, and every norm to :math:`(\prod_k \|W_k\|_F)^{1/L}`.
-
-    With a layer of zeros no shift attains that minimum, which is 0: the parameters are
+    They take :math:`\sum_l \|W_l\|_F^2` to its minimum over all shifts,
+    `minimum_weight_decay`, and every norm to :math:`(\prod_k \|W_k\|_F)^{1/L}`. With a
+    layer of zeros no shift attains that minimum, which is 0, and the parameters are
     returned as they are.
 
     Args:
       params: Any tree of parameters.
-      layers: As in `shift_scales`. Only the layers named are balanced.
-      mask: As in `shift_scales`.
-      dims: As in `shift_scales`. Stacked layers are balanced one by one.
+      layers: The layers to balance in the order in which the network calls them, each a
+        `WeightLayer`, the path of a weight or that of its module (``"Dense_0"``). All
+        leaves but their weights and the ``bias`` beside each stay as they are. ``None``
+        means all weights in the order of `weight_layers`.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one, and must be the leading ones.
 
     Returns:
       The parameters of the equivalent network, of the same structure and dtypes.
 
     Raises:
-      ValueError: As in `shift_scales`, but for factors.
-      TypeError: As in `shift_scales`.
+      ValueError: A name in ``layers`` does not stand for one weight, or a layer is
+        there twice; axes that stack layers are not the leading ones; a bias does not
+        have its layer's units; ``layers`` is ``None``, and there are other floating
+        leaves, or there are biases and the layers do not fit together in the order of
+        their names; or ``mask`` or ``dims`` does not match the parameters.
+      TypeError: ``layers`` is of another type.
 
     References:
       Liu, Cui, Chan, 2020, eq. 10 and appendix A.1.
@@ -158,8 +156,8 @@ def balance_scales(
     chain = chain_of(params, layers, mask, dims)
     if not chain.layers:
         return params
-    norms = chain_norms(params, chain.layers, _FROBENIUS)
-    return _rescale(params, chain, _balancing_factors(norms))
+    factors = _balancing_factors(chain_norms(params, chain.layers, _FROBENIUS))
+    return _rescale(params, chain, factors)
 
 
 def minimum_weight_decay(
@@ -171,25 +169,27 @@ def minimum_weight_decay(
       \min_{\prod_l \gamma_l = 1} \sum_{l=1}^L \|\gamma_l W_l\|_F^2
         = L \Big( \prod_{l=1}^L \|W_l\|_F^2 \Big)^{1/L}
 
-    where weight decay is :math:`\sum_l \|W_l\|_F^2`, without a factor of one half and
-    without biases. `balance_scales` gives the network that has it. The order of layers
-    does not matter, and what else is in ``params`` does not either.
+    Here weight decay is :math:`\sum_l \|W_l\|_F^2`, without a factor of one half and
+    without biases. `balance_scales` gives the network that has it. Neither the order of
+    layers nor what else is in ``params`` matters.
 
     Args:
       params: Any tree of parameters.
-      mask: Which leaves are weights, as in `weight_mask`.
-      dims: What their axes mean, as in `weight_layers`; only stacked layers, which
-        count one by one, depend on it.
+      mask: Which leaves are weights: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one.
 
     Returns:
       A scalar that can be differentiated, in float32 at least. It and its derivative
       are right where it is in range, however far out of it the product of norms is. It
-      is 0 without weights, and with a layer of zeros, where its derivative, which has
-      no value for two layers or more, is taken for 0.
+      is 0 without weights. It is also 0 with a layer of zeros, where its derivative,
+      which has no value for two layers or more, is taken for 0.
 
     Raises:
-      ValueError: As in `weight_layers`.
-      TypeError: As in `weight_mask`.
+      ValueError: ``mask`` or ``dims`` does not match the parameters.
+      TypeError: ``mask`` holds something other than booleans, or is true for a leaf
+        that is no floating-point array.
 
     References:
       Liu, Cui, Chan, 2020, eq. 9 and appendix A.1.
@@ -204,12 +204,12 @@ def minimum_weight_decay(
     layers = weight_layers(params, mask=mask, dims=dims)
     if not layers:
         return jnp.zeros([], jnp.float32)
-    norms = chain_norms(params, layers, _FROBENIUS)
-    return _minimum(norms)
+    return _minimum(chain_norms(params, layers, _FROBENIUS))
 
 
 @jax.jit
 def _minimum(norms: Scaled) -> jax.Array:
+    """The sum of squares of norms that shifts have made equal."""
     mean = _geometric_mean(norms)
     value = times_power(norms.fraction.size * mean.fraction**2, 2 * mean.exponent)
     return jnp.where(jnp.any(norms.fraction == 0), 0, value)
@@ -217,13 +217,13 @@ def _minimum(norms: Scaled) -> jax.Array:
 
 @jax.jit
 def _balancing_factors(norms: Scaled) -> Scaled:
-    """The factors that make norms equal, or ones where a norm is 0."""
+    """The factors that make norms equal, or ones if a norm is 0."""
     mean = _geometric_mean(norms)
     zero = jnp.any(norms.fraction == 0)
     fraction = jnp.where(zero, 0.5, mean.fraction / or_one(norms.fraction))
     exponent = jnp.where(zero, 1, mean.exponent - norms.exponent)
-    # The mean is rounded once, the same way in a thousand factors: the last one makes
-    # up for what their product is off 1.
+    # The rounding of the mean is the same in all factors and adds up in their product.
+    # The last factor is divided by that product, which makes it 1.
     product = cumulative_product(Scaled(fraction, exponent))
     return Scaled(
         fraction.at[-1].divide(product.fraction[-1]),
@@ -232,9 +232,9 @@ def _balancing_factors(norms: Scaled) -> Scaled:
 
 
 def _geometric_mean(norms: Scaled) -> Scaled:
-    """The geometric mean of numbers, zeros taken for ones of their fractions.
+    """The geometric mean of numbers, where fractions of 0 are taken for 1.
 
-    Exponents are summed as integers: one float32 would lose digits of a mean of 1e30.
+    Exponents are summed as integers, since float32 would lose digits of a large sum.
     """
     count = max(norms.fraction.size, 1)
     total = jnp.sum(norms.exponent, dtype=jnp.int32)
@@ -251,23 +251,22 @@ def _rescale(params: Any, chain: Chain, factors: Scaled) -> Any:
     first = 0
     for layer, bias in zip(chain.layers, chain.biases, strict=True):
         stack = stack_of(layer)
-        weight = jnp.asarray(leaves[layer.index])
-        leaves[layer.index] = _times(weight, own, first, stack)
-        if bias is not None:
-            leaves[bias] = _times(jnp.asarray(leaves[bias]), until, first, stack)
+        for index, steps in ((layer.index, own), (bias, until)):
+            if index is not None:
+                leaves[index] = _times(jnp.asarray(leaves[index]), steps, first, stack)
         first += math.prod(stack)
     return jax.tree.unflatten(treedef, leaves)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _steps(factors: Scaled, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Each factor, and each product up to it, as three to be applied one by one.
+    """Each factor, and each product up to it, as three steps to multiply by in turn.
 
-    All three are at least 1, or all at most 1: what they are applied to leaves the
-    range of the dtype only if the result does. The shape is ``(3, layers)``.
+    The three are all at least 1 or all at most 1, so that a number leaves the range of
+    the dtype on the way only if the result does. Both shapes are ``(3, layers)``.
     """
     factors = normalize(Scaled(factors.fraction.astype(dtype), factors.exponent))
-    # Past this limit all but zeros is out of range: no step may be infinite.
+    # No step may be infinite. Past this limit any number but 0 is out of range anyway.
     limit = 2 * (jnp.finfo(dtype).maxexp - 2)
 
     def steps(x: Scaled) -> jax.Array:
@@ -279,17 +278,17 @@ def _steps(factors: Scaled, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         halves = jnp.ldexp(one, half), jnp.ldexp(one, power - half)
         return jnp.stack([fraction, *halves])
 
-    # Else XLA computes them anew in the code of every leaf.
+    # Without the barrier XLA computes the steps anew in the code of every leaf.
     return lax.optimization_barrier(
         (steps(factors), steps(cumulative_product(factors)))
     )
 
 
-@functools.partial(jax.jit, static_argnums=3)  # traced once for all of one shape
+@functools.partial(jax.jit, static_argnums=3)  # It is traced once for every shape.
 def _times(
     x: jax.Array, steps: jax.Array, first: int, stack: tuple[int, ...]
 ) -> jax.Array:
-    """A leaf times its own factors, those from ``first`` on, one for each layer."""
+    """A leaf times its own steps, which start at ``first``, one for each layer."""
     own = lax.dynamic_slice_in_dim(steps, first, math.prod(stack), axis=1)
     own = own.reshape(len(steps), *stack, *(1,) * (x.ndim - len(stack)))
     wide = x.astype(steps.dtype)
@@ -299,7 +298,7 @@ def _times(
 
 
 def _entries(factors: Any, layers: tuple[WeightLayer, ...]) -> list[Any]:
-    """One factor a layer, each a number or an array of a stack's shape; checked."""
+    """Checks the factors and lists them: a number or an array of the stack's shape."""
     if isinstance(factors, np.ndarray | jax.Array):
         if factors.ndim != 1:
             raise ValueError(
@@ -325,6 +324,7 @@ def _entries(factors: Any, layers: tuple[WeightLayer, ...]) -> list[Any]:
 
 
 def _check_factor(factor: Any, layer: WeightLayer) -> None:
+    """Refuses what is no positive and finite number, or not of the stack's shape."""
     if not is_real(factor):
         raise TypeError(f"factors must be numbers, but is {factor!r} for {layer.path}.")
     stack = stack_of(layer)
@@ -344,17 +344,12 @@ def _check_factor(factor: Any, layer: WeightLayer) -> None:
 
 def _check_product(factors: list[Any], layers: tuple[WeightLayer, ...]) -> None:
     """Refuses factors whose product is not 1, though it could be in their dtype."""
-    logs = np.log(_known(factors, layers))
-    # Python's floats may come from float32 ones, so that no dtype is taken for finer.
-    eps = max(
-        [float(np.finfo(np.float32).eps)]
-        + [
-            float(jnp.finfo(factor.dtype).eps)
-            for factor in factors
-            if jnp.issubdtype(getattr(factor, "dtype", np.int32), jnp.floating)
-        ]
-    )
-    # Both a factor and its logarithm, of which users make factors, may be rounded.
+    logs = np.log(_vector(factors, layers, np, np.float64))
+    # Python's floats and float64 arrays may hold numbers that were float32 before.
+    dtypes = [np.float32, *(getattr(factor, "dtype", np.int32) for factor in factors)]
+    floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in floating)
+    # A factor may be rounded, and so may a logarithm from which a user has made it.
     if abs(logs.sum()) > 4 * eps * (1 + np.abs(logs)).sum():
         raise ValueError(
             "factors must have the product 1, or the function of the network changes; "
@@ -362,23 +357,19 @@ def _check_product(factors: list[Any], layers: tuple[WeightLayer, ...]) -> None:
         )
 
 
-def _known(factors: list[Any], layers: tuple[WeightLayer, ...]) -> np.ndarray:
-    """The factors of all layers as one vector, stacked ones one by one."""
+def _vector(factors: list[Any], layers: Iterable[WeightLayer], xp: Any, dtype: Any):
+    """The factors as a vector of NumPy or JAX, one for each layer of a stack."""
     parts = [
-        np.broadcast_to(np.asarray(factor, np.float64), stack_of(layer)).reshape(-1)
+        xp.broadcast_to(xp.asarray(factor, dtype), stack_of(layer)).reshape(-1)
         for factor, layer in zip(factors, layers, strict=True)
     ]
-    return np.concatenate([np.zeros(0), *parts])
+    return xp.concatenate(parts) if parts else xp.zeros(0, dtype)
 
 
 def _scaled(factors: list[Any], chain: Chain) -> Scaled:
     """The factors of all layers as fractions and powers of two."""
-    if not any(isinstance(factor, Tracer) for factor in factors):
-        # By NumPy, since without x64 JAX has no factors past float32's range.
-        fraction, exponent = np.frexp(_known(factors, chain.layers))
-        return Scaled(jnp.asarray(fraction, chain.dtype), jnp.asarray(exponent))
-    parts = [
-        jnp.broadcast_to(jnp.asarray(factor, chain.dtype), stack_of(layer)).reshape(-1)
-        for factor, layer in zip(factors, chain.layers, strict=True)
-    ]
-    return split(jnp.concatenate(parts), chain.dtype)
+    if any(isinstance(factor, Tracer) for factor in factors):
+        return split(_vector(factors, chain.layers, jnp, chain.dtype), chain.dtype)
+    # NumPy has factors past the range of float32, which JAX without x64 has not.
+    fraction, exponent = np.frexp(_vector(factors, chain.layers, np, np.float64))
+    return Scaled(jnp.asarray(fraction, chain.dtype), jnp.asarray(exponent))

@@ -34,10 +34,10 @@ class AddWeissiState(NamedTuple):
     """State of `add_weissi`.
 
     Attributes:
-      count: Steps taken, for schedules; int32 scalar.
-      vectors: Estimates of the right singular vectors: a tree like the parameters, with
-        an array ``(*stack, *outputs)`` for every weight and ``optax.MaskedNode`` for
-        other leaves; empty without a spectral norm.
+      count: The number of steps taken, an int32 scalar that schedules are given.
+      vectors: Estimates of the right singular vectors, as a tree like the parameters
+        with an array ``(*stack, *outputs)`` for every weight and ``optax.MaskedNode``
+        for every other leaf. Where no power iterations are made it is ``()``.
     """
 
     count: jax.typing.ArrayLike
@@ -61,52 +61,53 @@ def weissi(
       R(W) = \lambda_e \prod_l \eta(W_l)^{n_l}
         + \lambda_c \sum_l \frac{g(W_l)}{\eta(W_l)}
 
-    or, with ``log=True``, :math:`\lambda_e \sum_l n_l \ln \eta(W_l)` in the place of
-    the product. With equal exponents neither term changes when layers are scaled by
-    factors whose product is 1, which leaves the function of a ReLU network as it is
-    and by which weight decay can be lowered for nothing.
+    With ``log=True``, :math:`\lambda_e \sum_l n_l \ln \eta(W_l)` takes the place of the
+    product. With equal exponents neither term changes when layers are scaled by
+    factors whose product is 1. Such a shift keeps the function of a ReLU network (see
+    `shift_scales`) and can lower its weight decay for nothing.
 
     Value and gradient are right wherever they are in the range of the dtype, however
-    far out of it the product, its factors, or squares of weights are; beyond that they
-    are infinite, or 0. A layer of zeros, as Fixup makes them, gives 0: the product is 0
-    and so is its gradient, the layer's complexity is 0, and the sum of logarithms
-    leaves the layer out (where it would be minus infinity).
+    far out of it the product, its factors, or squares of weights are. Elsewhere they
+    are infinite or 0. A layer of zeros, as Fixup makes them, has complexity 0. It makes
+    the product and its gradient 0. The sum of logarithms leaves it out, since it would
+    be minus infinity.
 
     .. warning::
       The sum of logarithms is not bounded from below: it has no minimum other than a
       layer of zeros, and its gradient grows as norms fall.
 
     Args:
-      energy: ``lambda_e >= 0``; may be traced. The paper takes 1e-6 for two or three
-        layers and 1e-24 to 1e-31 for sixteen to twenty-eight: the product grows with
-        depth.
-      complexity: ``lambda_c >= 0``; may be traced. The paper takes 1e-5 or 3e-5.
-      log: Whether to penalize the logarithm of the product, without ``lambda_e``
-        having to know its size.
-      norm: ``eta``: ``"frobenius"``, ``"l1"``, ``"spectral"``, or ``(p, q)`` with p
-        within a unit and q across units, from 1 to infinity. A spectral norm is that of
-        the kernel matrix and is computed exactly, by a singular value decomposition of
-        every layer: `add_weissi` has a cheaper way.
-      complexity_norm: ``g``, likewise.
-      exponents: ``n_l >= 0``: a number; a tree that matches the parameters or a prefix
-        of them; or a function of the parameters that makes one, as `cnn_exponents`
-        does.
+      energy: ``lambda_e >= 0``, which may be traced. The paper takes 1e-6 for two or
+        three layers and 1e-24 to 1e-31 for sixteen to twenty-eight, since the product
+        grows with depth.
+      complexity: ``lambda_c >= 0``, which may be traced. The paper takes 1e-5 or 3e-5.
+      log: Whether to penalize the logarithm of the product, so that ``lambda_e`` does
+        not have to fit its size.
+      norm: ``eta``, one of ``"frobenius"``, ``"l1"`` and ``"spectral"``, or a pair
+        ``(p, q)`` with p within a unit and q across units, from 1 to infinity. The
+        spectral norm is that of the kernel matrix, computed exactly by a singular value
+        decomposition of every layer. `add_weissi` has a cheaper way.
+      complexity_norm: ``g``, which may be any of the norms that ``norm`` may be.
+      exponents: ``n_l >= 0``: a number, a tree that matches the parameters or a prefix
+        of them, or a function of the parameters that makes one (see `cnn_exponents`).
       mask: Which leaves to penalize: a tree of booleans, or a function of the
-        parameters that makes one. By default all weights, as `weight_mask` says.
-      dims: What the axes of the weights mean: see `weight_layers`. Stacked layers count
-        one by one. Only mixed ``(p, q)``, the spectral norm, `cnn_exponents` and stacks
-        depend on it.
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one. It matters to the spectral norm,
+        to pairs of a different p and q, and to `cnn_exponents`.
 
     Returns:
-      A function from parameters to a scalar, in float32 at least. Its derivative is in
-      closed form, that of `add_weissi`. Without any weight the product is 1 and
-      the sums are 0. Inside of ``jax.shard_map`` the weights must be whole: the norm
-      of a shard is not the norm of its layer.
+      A function from parameters to a scalar, in float32 at least, whose derivative is
+      in closed form. Without any weight the product is 1 and the sums are 0. Inside of
+      ``jax.shard_map`` the weights must be whole, since the norm of a shard is not the
+      norm of its layer.
 
     Raises:
-      ValueError: A strength or an exponent is negative or NaN, a norm is none, or trees
-        do not match.
-      TypeError: A strength is no scalar; schedules are for `add_weissi`.
+      ValueError: A strength or an exponent is negative, infinite or NaN, a norm is none
+        of those above, or ``mask``, ``dims`` or ``exponents`` does not match the
+        parameters.
+      TypeError: A strength or an exponent is not a scalar. `add_weissi` takes
+        schedules.
 
     References:
       Liu, Cui, Chan, Improve Generalization and Robustness of Neural Networks via
@@ -124,8 +125,7 @@ def weissi(
       >>> print(f"{penalty(shifted):.5f}")
       4.34000
     """
-    strengths = {"energy": energy, "complexity": complexity}
-    for name, value in strengths.items():
+    for name, value in (("energy", energy), ("complexity", complexity)):
         if callable(value):
             raise TypeError(
                 f"{name} must be a scalar: a penalty has no step count for a schedule. "
@@ -160,45 +160,55 @@ def add_weissi(
       + \frac{\lambda_c}{\eta(W_l)} \Big( \nabla g(W_l)
         - \frac{g(W_l)}{\eta(W_l)} \nabla \eta(W_l) \Big)
 
-    and with ``log=True`` the first term is
-    :math:`n_l \lambda_e \nabla \eta(W_l) / \eta(W_l)`. For the default norms,
-    :math:`\nabla \eta = W / \|W\|_2` and :math:`\nabla g = \mathrm{sgn}(W)`.
+    With ``log=True`` the first term is :math:`n_l \lambda_e \nabla \eta(W_l) /
+    \eta(W_l)`. For the default norms :math:`\nabla \eta` is :math:`W / \|W\|_2` and
+    :math:`\nabla g` is :math:`\mathrm{sgn}(W)`.
 
     Where it stands in a chain decides what it is:
 
-    - *Before the optimizer*, it is a penalty in the loss, as L2 is:
-      ``optax.chain(wr.add_weissi(1e-6, 1e-5), optax.adam(1e-3))``. The optimizer takes
-      the sum for the gradient, and Adam divides both by the same root.
-    - *Between the optimizer's direction and its learning rate*, it is decoupled, as
+    - *Before the optimizer* it is a penalty in the loss, as L2 is. The optimizer takes
+      the sum for the gradient, and Adam divides both by the same root:
+      ``optax.chain(wr.add_weissi(1e-6, 1e-5), optax.adam(1e-3))``.
+    - *Between the optimizer's direction and its learning rate* it is decoupled, as
       weight decay is in AdamW: ``optax.chain(optax.scale_by_adam(),
       wr.add_weissi(1e-6, 1e-5), optax.scale_by_learning_rate(1e-3))``.
 
     .. warning::
       After the learning rate, as in ``optax.chain(optax.adam(1e-3),
-      wr.add_weissi(...))``, the sign is wrong: updates are by then what is added to
-      the weights.
+      wr.add_weissi(...))``, the sign is wrong, since updates are by then what is added
+      to the weights.
 
     Args:
-      energy: ``lambda_e >= 0``: a number, a traced scalar or a schedule of the steps.
-      complexity: ``lambda_c >= 0``, likewise.
-      log: As in `weissi`.
-      norm: As in `weissi`.
-      complexity_norm: As in `weissi`.
-      exponents: As in `weissi`.
-      iterations: Power iterations a step for a spectral norm, from vectors that the
-        state carries from step to step. Their estimate is at most the norm and follows
-        it while weights change slowly. ``None`` computes it exactly.
-      mask: As in `weissi`.
-      dims: As in `weissi`.
+      energy: ``lambda_e >= 0``: a number, a traced scalar or a schedule of the step
+        count. The paper takes 1e-6 for two or three layers and less for more.
+      complexity: ``lambda_c >= 0``: a number, a traced scalar or a schedule of the step
+        count. The paper takes 1e-5 or 3e-5.
+      log: Whether to penalize the logarithm of the product.
+      norm: ``eta``, one of ``"frobenius"``, ``"l1"`` and ``"spectral"``, or a pair
+        ``(p, q)`` with p within a unit and q across units, from 1 to infinity.
+      complexity_norm: ``g``, which may be any of the norms that ``norm`` may be.
+      exponents: ``n_l >= 0``: a number, a tree that matches the parameters or a prefix
+        of them, or a function of the parameters that makes one (see `cnn_exponents`).
+      iterations: The number of power iterations a step for a spectral norm, from
+        vectors that the state carries from step to step. Their estimate is at most the
+        norm, but for rounding, and follows it while weights change slowly. ``None``
+        computes the norm exactly.
+      mask: Which leaves to penalize: a tree of booleans, or a function of the
+        parameters that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
+        not name stack layers, which count one by one.
 
     Returns:
-      A transformation that needs ``params``. Updates keep their dtype; the gradient is
-      computed in float32 at least.
+      A transformation that needs ``params``. Updates keep their dtype, and the gradient
+      is computed in float32 at least.
 
     Raises:
-      ValueError: As in `weissi`; ``iterations`` is below 1; or in ``update``,
-        ``params`` is not passed, or ``updates`` do not fit it.
-      TypeError: As in `weissi`, or ``iterations`` is neither an integer nor ``None``.
+      ValueError: A strength or an exponent is negative, infinite or NaN, a norm is none
+        of those above, ``iterations`` is below 1, or ``mask``, ``dims`` or
+        ``exponents`` does not match the parameters. In ``update``, ``params`` is not
+        passed, or ``updates`` does not fit it.
+      TypeError: A strength is neither a scalar nor a schedule, an exponent is not a
+        scalar, or ``iterations`` is neither an integer nor ``None``.
 
     References:
       Liu, Cui, Chan, 2020, section 5 (the gradient of the energy, for Frobenius norms).
@@ -227,9 +237,8 @@ def add_weissi(
 
     def init_fn(params):
         weights = Weights.of(params, exponents, mask, dims)
-        iterates = iterations is not None and form.is_spectral()
         vectors: Any = ()
-        if iterates:
+        if iterations is not None and form.is_spectral():
             vectors = weights.tree(params, start_vectors(form, weights))
         return AddWeissiState(count=jnp.zeros([], jnp.int32), vectors=vectors)
 
@@ -239,23 +248,18 @@ def add_weissi(
         weights = Weights.of(params, exponents, mask, dims)
         vectors = state.vectors
         if iterations is not None and form.is_spectral():
-            found = weights.pick(params, vectors)
-            sizes, found = iterate_all(form, weights, found, iterations)
-            vectors = weights.tree(params, found)
+            before = weights.pick(params, vectors)
+            sizes, after = iterate_all(form, weights, before, iterations)
+            vectors = weights.tree(params, after)
         else:
             sizes = measure_all(form, weights.axes(), weights.arrays())
-        hyper = Hyper.of(
-            at("energy", energy, state.count),
-            at("complexity", complexity, state.count),
-            weights,
-        )
-        indices = weights.indices()
+        lambda_e = at("energy", energy, state.count)
+        lambda_c = at("complexity", complexity, state.count)
+        hyper = Hyper.of(lambda_e, lambda_c, weights)
         gradients = penalty_gradients(form, hyper, sizes)
-        by_index = dict(zip(indices, gradients, strict=True))
-        added = {
-            i: (u + by_index[i]).astype(u.dtype)
-            for i, _, u in each_with_update(params, updates, indices)
-        }
+        found = each_with_update(params, updates, weights.indices())
+        pairs = zip(found, gradients, strict=True)
+        added = {i: (u + gradient).astype(u.dtype) for (i, _, u), gradient in pairs}
         count = optax.safe_increment(state.count)
         return replaced(updates, added, params), AddWeissiState(count, vectors)
 
@@ -272,15 +276,18 @@ def weight_energy(
 ) -> jax.Array:
     r"""The product of all layers' norms, :math:`\prod_l \eta(W_l)^{n_l}`.
 
-    Infinite where it is out of the dtype's range; its logarithm, `log_weight_energy`,
-    hardly ever is. All else is as in `weissi`.
+    It is infinite or 0 where it is out of the dtype's range, in which its logarithm,
+    `log_weight_energy`, nearly always is.
 
     Args:
       params: Any tree of parameters.
-      norm: As in `weissi`.
-      exponents: As in `weissi`.
-      mask: As in `weissi`.
-      dims: As in `weissi`.
+      norm: ``eta``, one of ``"frobenius"``, ``"l1"`` and ``"spectral"``, or a pair
+        ``(p, q)`` with p within a unit and q across units, from 1 to infinity.
+      exponents: ``n_l >= 0``: a number, a tree that matches the parameters or a prefix
+        of them, or a function of the parameters that makes one.
+      mask: Which leaves to count: a tree of booleans, or a function of the parameters
+        that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`.
 
     Returns:
       A scalar, in float32 at least.
@@ -309,14 +316,17 @@ def log_weight_energy(
     r"""The natural logarithm of `weight_energy`, :math:`\sum_l n_l \ln \eta(W_l)`.
 
     It is minus infinity where a layer with a positive exponent is zero. Its gradient is
-    then that of the other layers, and 0 for the layer of zeros.
+    then 0 for the layer of zeros, and for other layers what it is without that one.
 
     Args:
       params: Any tree of parameters.
-      norm: As in `weissi`.
-      exponents: As in `weissi`.
-      mask: As in `weissi`.
-      dims: As in `weissi`.
+      norm: ``eta``, one of ``"frobenius"``, ``"l1"`` and ``"spectral"``, or a pair
+        ``(p, q)`` with p within a unit and q across units, from 1 to infinity.
+      exponents: ``n_l >= 0``: a number, a tree that matches the parameters or a prefix
+        of them, or a function of the parameters that makes one.
+      mask: Which leaves to count: a tree of booleans, or a function of the parameters
+        that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`.
 
     Returns:
       A scalar, in float32 at least.
@@ -345,16 +355,18 @@ def layer_complexity(
 ) -> jax.Array:
     r"""The sum of the layers' complexities, :math:`\sum_l g(W_l / \eta(W_l))`.
 
-    With the default norms a layer of ``k`` weights has a complexity from 1, for one
-    weight that is not 0, to the root of ``k``, for weights of one size; a layer of
+    With the default norms a layer of ``k`` weights has a complexity from 1, where one
+    weight is not 0, to the root of ``k``, where all weights are of one size. A layer of
     zeros has 0.
 
     Args:
       params: Any tree of parameters.
-      norm: As in `weissi`.
-      complexity_norm: As in `weissi`.
-      mask: As in `weissi`.
-      dims: As in `weissi`.
+      norm: ``eta``, one of ``"frobenius"``, ``"l1"`` and ``"spectral"``, or a pair
+        ``(p, q)`` with p within a unit and q across units, from 1 to infinity.
+      complexity_norm: ``g``, which may be any of the norms that ``norm`` may be.
+      mask: Which leaves to count: a tree of booleans, or a function of the parameters
+        that makes one. By default `weight_mask` decides.
+      dims: What the axes of the weights mean: see `weight_layers`.
 
     Returns:
       A scalar, in float32 at least.
