@@ -1,14 +1,17 @@
 """The two pages of results."""
 
 import json
+import pathlib
 import re
 import shutil
+import subprocess
 
 import pytest
 
 import benchmarks.__main__ as cli
 from benchmarks import pages, record, report
 
+ROOT = pathlib.Path(__file__).parents[2]
 COMPARED = [
     f for f in sorted(pages.FOLDER.glob("results/*.json")) if "cost" not in f.name
 ]
@@ -69,3 +72,16 @@ def test_too_few_trials_are_told_under_each_table():
             note = f"Tuned with {min(tuned)} trials a method, which is too few to rank"
             assert note in sections[file.stem]
             assert sections[file.stem].count("the ranking has not settled") == 2
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not in a repository")
+def test_every_committed_picture_is_on_a_page():
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files"], check=True, capture_output=True, text=True
+    )
+    files = [ROOT / name for name in listed.stdout.splitlines()]
+    shown = [f for f in files if f.suffix in (".md", ".ipynb") and f.is_file()]
+    text = "\n".join(page.read_text() for page in shown)
+    for picture in files:
+        if picture.suffix == ".png" and picture.is_file():
+            assert picture.name in text
