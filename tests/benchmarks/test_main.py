@@ -262,7 +262,7 @@ def test_no_part_of_an_experiment_begins_where_another_cannot(
         (["cost", "--out", "FILE"], "--out: must be a folder, but FILE is a file"),
         (["compare", "--out", "FILE/below"], "--out: must be a folder, but FILE is"),
         (["report", "FILE", "--out", "FILE"], "--out: must be a folder, but FILE is"),
-        (["compare", "--dataset", "imagenet"], "dataset must be among .* 'imagenet'"),
+        (["compare", "--dataset", "imagenet"], "dataset.* 'imagenet'"),
         (["compare", "--epsilon", "-1"], "epsilon must be at least 0, but is -1.0"),
         (["compare", "--epsilon", "nan"], "epsilon must be .* but is nan"),
         (["compare", "--seeds", "-3"], "seeds must be at least 1, but is -3"),
