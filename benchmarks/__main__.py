@@ -1,11 +1,13 @@
-"""``python -m benchmarks``: compare, experiment, cost, report, readme."""
+"""``python -m benchmarks``: compare, experiment, cost, report, pages."""
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import os
 import pathlib
 import sys
+import tempfile
+from typing import NoReturn
 
 import jax
 from rich.console import Console
@@ -17,6 +19,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from benchmarks import record
+from benchmarks.experiments import EXPERIMENTS
+
+SIDE, ROUNDS = 1024, 200  # of what costs are measured on, by default
 # Of a comparison; what is not given is a default, which may depend on the data set.
 SETTINGS = {
     "noise": (float, "fraction of wrong labels"),
@@ -39,15 +45,20 @@ SETTINGS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit status."""
-    options = _parser().parse_args(arguments)
+    """Runs one subcommand and returns the exit status.
+
+    It is 2, after one line, where arguments cannot be used or files not be read or
+    written, 130 after an interrupt, and 1 where pages are not current.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        return options.command(
-            options, Console(width=None if sys.stdout.isatty() else 120)
-        )
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        options = _parser().parse_args(arguments)
+        return options.command(options, console)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def compare(options: argparse.Namespace, console: Console) -> int:
@@ -57,7 +68,7 @@ def compare(options: argparse.Namespace, console: Console) -> int:
     for name in ("methods", "augment", "deploy"):
         named = getattr(options, name)
         given[name] = named and tuple(named.split(","))
-    given["mapping"] = options.mapping or _mapping()
+    given["mapping"] = _mapping(options.mapping)
     from benchmarks.settings import Settings
 
     settings = Settings.of(options.dataset, **given)
@@ -66,8 +77,7 @@ def compare(options: argparse.Namespace, console: Console) -> int:
 
 def experiment(options: argparse.Namespace, console: Console) -> int:
     """Runs the comparisons of a table of a paper."""
-    mapping = options.mapping or _mapping()
-    from benchmarks.experiments import EXPERIMENTS
+    mapping = _mapping(options.mapping)
     from benchmarks.settings import Settings
 
     chosen = EXPERIMENTS[options.name]
@@ -76,22 +86,28 @@ def experiment(options: argparse.Namespace, console: Console) -> int:
         raise ValueError(
             f"parts must be among {', '.join(chosen.parts)}, not {', '.join(unknown)}."
         )
+    where = {"mapping": mapping, "data_dir": options.data_dir}
+    runs = []
     for part in parts:
-        given = chosen.settings(part, options.scale)
-        where = {"mapping": mapping, "data_dir": options.data_dir}
-        settings = Settings.of(**given, **where)
-        mark = {"name": options.name, "part": part, "scale": options.scale}
+        settings = Settings.of(**chosen.settings(part, options.scale), **where)
         out = options.out / f"{options.name}-{options.scale}-{part}.json"
-        if status := _compare(settings, out, {"experiment": mark}, console):
+        record.refuse_another(dataclasses.asdict(settings), out)
+        mark = {"name": options.name, "part": part, "scale": options.scale}
+        runs.append((settings, out, {"experiment": mark}))
+    for settings, out, mark in runs:  # none is refused after others took their time
+        if status := _compare(settings, out, mark, console):
             return status
     return 0
 
 
-def _mapping() -> str:
-    """Spreads runs over devices on CPU: lets each core be one, unless JAX runs."""
+def _mapping(asked: str | None) -> str:
+    """How runs are spread; on CPU each core becomes a device, whichever way is asked.
+
+    Where JAX runs already, as in tests, its devices stay as they are.
+    """
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", _cores())
-    return "devices" if jax.default_backend() == "cpu" else "vmap"
+    return asked or ("devices" if jax.default_backend() == "cpu" else "vmap")
 
 
 def _compare(settings, out: pathlib.Path, mark: dict, console: Console) -> int:
@@ -104,7 +120,7 @@ def _compare(settings, out: pathlib.Path, mark: dict, console: Console) -> int:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    status = 0
+    partial, status = record.partial(out), 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("compiling", total=settings.ticks())
 
@@ -112,64 +128,83 @@ def _compare(settings, out: pathlib.Path, mark: dict, console: Console) -> int:
             bar.update(task, advance=1, description=what)
 
         try:
-            run(settings, out, tick, mark)
+            run(settings, out, tick, mark, partial)
         except KeyboardInterrupt:
             status = 130
-    if out.is_file():
-        show(out, console)
+    finished = partial if status else out
+    if finished.is_file():
+        show(finished, console)
     return status
 
 
 def report(options: argparse.Namespace, console: Console) -> int:
     """Prints the table of a result and draws its plots again."""
-    out = options.out / options.result.name if options.out else options.result
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-    return show(options.result, console, out)
+    file = options.result
+    if not file.exists() and (left := record.partials(file)):
+        raise FileNotFoundError(
+            f"there is no {file}, only what a run has finished of it: {left[0]}."
+        )
+    show(file, console, options.out / file.name if options.out else file)
+    return 0
 
 
 def cost(options: argparse.Namespace, console: Console) -> int:
     """Measures what a step of an optimizer costs."""
     from benchmarks.cost import run
-    from benchmarks.record import save
-    from benchmarks.report import cost_markdown
 
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=options.out):
+        pass  # rather than to fail after all has been measured
     with console.status("measuring"):
         result = run(options.side, options.rounds)
-    console.print(cost_markdown(result), highlight=False)
-    save(result, options.out / f"cost-{jax.default_backend()}.json")
+    words = ["cost", jax.default_backend()]
+    words += [f"side{options.side}"] * (options.side != SIDE)
+    words += [f"rounds{options.rounds}"] * (options.rounds != ROUNDS)
+    out = options.out / f"{'-'.join(words)}.json"
+    record.save(result, out)
+    show(out, console)
     return 0
 
 
-def readme(options: argparse.Namespace, console: Console) -> int:
-    """Writes the committed results into README.md."""
-    from benchmarks.report import update_readme
+def pages(options: argparse.Namespace, console: Console) -> int:
+    """Writes the committed results into RESULTS.md and COSTS.md."""
+    from benchmarks.pages import stale, update
 
-    current = update_readme(pathlib.Path("README.md"), options.check)
-    if options.check and not current:
-        console.print(
-            "README.md differs from benchmarks/results: python -m benchmarks readme"
+    if not options.check:
+        update()
+    elif differ := [page.name for page in stale()]:
+        print(
+            f"{' and '.join(differ)} differ from benchmarks/results: write them by "
+            "python -m benchmarks pages",
+            file=sys.stderr,
         )
         return 1
     return 0
 
 
-def show(
-    result_file: pathlib.Path, console: Console, out: pathlib.Path | None = None
-) -> int:
+def show(file: pathlib.Path, console: Console, out: pathlib.Path | None = None) -> None:
     """Table, sentences and plots of a result file."""
     from benchmarks import plots
-    from benchmarks.report import deployed_table, table, verdict
+    from benchmarks.report import cost_markdown, deployed_table, table, verdict
 
-    result = json.loads(result_file.read_text())
-    console.print(table(result))
-    for line in verdict(result):
-        console.print(line, highlight=False)
-    if "deployed" in result:
-        console.print(deployed_table(result))
-    for path in [result_file, *plots.draw(result, out or result_file)]:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    return 0
+    result, plotted = record.load(file), []
+    if record.is_cost(result):
+        console.print(cost_markdown(result), highlight=False)
+    else:
+        console.print(table(result))
+        for line in verdict(result):
+            console.print(line, highlight=False)
+        if "deployed" in result:
+            console.print(deployed_table(result))
+        plotted = plots.draw(result, out or file)
+    lines = [f"The result is in {file}."]
+    lines += [f"wrote {path}" for path in plotted]
+    if (complete := record.complete_of(file)) != file and complete.is_file():
+        lines.append(f"{complete}, which is complete, stands as it was.")
+    for left in record.partials(file):
+        lines.append(f"{left} is of another run, interrupted or still going on.")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _cores() -> int:
@@ -179,14 +214,39 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, as all others are, without the usage before them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _count(text: str) -> int:
+    """An argument that counts something."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least 1, but is {text}."
+        )
+    return int(text)
+
+
+def _folder(text: str) -> pathlib.Path:
+    """An argument that is a folder, or is to become one."""
+    path = pathlib.Path(text)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise argparse.ArgumentTypeError(
+                f"must be a folder, but {place} is a file."
+            )
+    return path
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser = _Parser(prog="python -m benchmarks")
     commands = parser.add_subparsers(required=True)
 
     add = commands.add_parser("compare", help="compare methods on a data set")
-    add.add_argument(
-        "--dataset", choices=("digits", "mnist", "cifar10"), default="digits"
-    )
+    add.add_argument("--dataset", default="digits", help="see benchmarks/data.py")
     for name, (kind, text) in SETTINGS.items():
         add.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     add.add_argument(
@@ -209,10 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(command=compare)
 
     add = commands.add_parser("experiment", help="repeat a table of a paper")
-    add.add_argument(
-        "name",
-        choices=("weissi-table1", "volumization-table2", "enc-tables", "quantization"),
-    )
+    add.add_argument("name", choices=tuple(EXPERIMENTS))
     add.add_argument("--scale", choices=("cpu", "full"), default="cpu")
     add.add_argument("--parts", help="separated by commas; default: all")
     _add_common(add)
@@ -220,22 +277,24 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("cost", help="measure what an optimizer's step costs")
     add.add_argument(
-        "--side", type=int, default=1024, help="rows and columns of each kernel"
+        "--side", type=_count, default=SIDE, help="rows and columns of each kernel"
     )
-    add.add_argument("--rounds", type=int, default=200)
-    add.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
+    add.add_argument("--rounds", type=_count, default=ROUNDS, help="that are timed")
+    _add_out(add)
     add.set_defaults(command=cost)
 
     add = commands.add_parser("report", help="redraw table and plots of a result")
     add.add_argument("result", type=pathlib.Path)
-    add.add_argument("--out", type=pathlib.Path, help="folder for the plots")
+    add.add_argument("--out", type=_folder, help="folder for the plots")
     add.set_defaults(command=report)
 
-    add = commands.add_parser("readme", help="write committed results into README.md")
-    add.add_argument(
-        "--check", action="store_true", help="only say whether it is current"
+    add = commands.add_parser(
+        "pages", help="write benchmarks/RESULTS.md and COSTS.md from committed results"
     )
-    add.set_defaults(command=readme)
+    add.add_argument(
+        "--check", action="store_true", help="only say whether they are current"
+    )
+    add.set_defaults(command=pages)
     return parser
 
 
@@ -248,7 +307,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", help="folder with NAME/train.parquet and test.parquet"
     )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
+    _add_out(parser)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=_folder, default=pathlib.Path("results"), help="folder of results"
+    )
 
 
 if __name__ == "__main__":

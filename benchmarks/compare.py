@@ -13,11 +13,11 @@ import numpy as np
 import weightreg as wr
 from benchmarks import data as data_module
 from benchmarks import deploy as deploy_module
-from benchmarks import models, robustness
+from benchmarks import models, record, robustness
 from benchmarks.data import Dataset
+from benchmarks.environment import environment
 from benchmarks.methods import BASES, METHODS, Method, Space, at_edge, trials
 from benchmarks.models import Variables
-from benchmarks.record import environment, save
 from benchmarks.settings import Settings, split_of
 from benchmarks.timing import relative_times
 from benchmarks.train import (
@@ -47,21 +47,35 @@ def run(
     out: pathlib.Path,
     tick: Tick = lambda _: None,
     mark: dict | None = None,
+    partial: pathlib.Path | None = None,
 ) -> dict:
-    """Runs a comparison and keeps ``out`` up to date with all that is finished.
+    """Runs a comparison and writes it to ``out`` when it is complete.
+
+    Until then, what is finished stands in a file of this run alone, so that whatever
+    ends a run, and whoever else runs the same, a complete ``out`` stays whole. Of two
+    runs that complete it, the later one's stands.
 
     Args:
       settings: What to compare.
-      out: JSON file, written anew after every method.
+      out: JSON file.
       tick: Called after each epoch of a population, with what it was.
       mark: What else the file is to say, such as the experiment it belongs to.
+      partial: JSON file for what is finished, written anew after every method and
+        gone in the end; by default a new name beside ``out``.
 
     Returns:
       The content of the file.
+
+    Raises:
+      ValueError: The data cannot be compared on with these settings, or ``out`` holds a
+        comparison of others.
+      OSError: Data cannot be read, or the result not be written.
     """
     data = data_module.load(settings.dataset, settings.data_dir)
     result = _header(settings, data) | (mark or {})
-    save(result, out)
+    record.refuse_another(result["settings"], out)
+    partial = partial or record.partial(out)
+    record.save(result, partial)
     source = _source(data, settings, tick)
     kept = {}
     for name in settings.methods:
@@ -72,13 +86,14 @@ def run(
         result["results"][name] = entry | found
         if name in settings.deploy:
             kept[name] = chosen, networks
-        save(result, out)
+        record.save(result, partial)
     if kept:
         result["deployed"] = deploy(kept, data, settings)
-        save(result, out)
+        record.save(result, partial)
     result["relative_step_time"] = step_times(data, settings, result["results"])
     result["complete"] = True
-    save(result, out)
+    record.save(result, out)
+    partial.unlink(missing_ok=True)
     return result
 
 
@@ -370,6 +385,7 @@ def _header(settings: Settings, data: Dataset) -> dict:
     shown = dataclasses.asdict(settings) | {"last": settings.last}
     del shown["data_dir"]  # a path of this machine; data.source says what was read
     return {
+        "format": record.FORMAT,
         "complete": False,
         "command": settings.command(),
         "settings": shown,

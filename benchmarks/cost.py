@@ -11,7 +11,8 @@ import optax
 
 import weightreg as wr
 from benchmarks import deploy, models
-from benchmarks.record import environment
+from benchmarks.environment import environment
+from benchmarks.record import FORMAT
 from benchmarks.timing import relative_times
 from benchmarks.train import example_loss, initialize
 
@@ -159,6 +160,7 @@ def run(side: int, rounds: int) -> dict:
         steps[name] = lambda carry, step=step: step(*carry, grads)
     times = relative_times(steps, carries, rounds)
     return {
+        "format": FORMAT,
         "command": f"python -m benchmarks cost --side {side} --rounds {rounds}",
         "parameters": parameters,
         **environment(),

@@ -1,5 +1,6 @@
 """Plots of a comparison, from its JSON alone."""
 
+import io
 import itertools
 import pathlib
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks import models
+from benchmarks.record import write
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -163,14 +165,20 @@ def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
     return _save(figure, out, "weights")
 
 
+def dataset(result: dict) -> str:
+    """The data set as it was: JPEG costs detail."""
+    name = result["settings"]["dataset"]
+    jpeg = " (as JPEG)" * ("JPEG" in result["data"]["source"])
+    return f"{NAMES.get(name, name)}{jpeg}"
+
+
 def title(result: dict) -> str:
     """What was compared, in one line."""
     s = result["settings"]
-    jpeg = " (as JPEG)" * ("JPEG" in result["data"]["source"])
-    words = [NAMES[s["dataset"]] + jpeg]
+    words = [dataset(result)]
     if s["noise"] or not result.get("experiment"):
         words.append(f"{s['noise']:.0%} of training labels wrong")
-    if s["model"] != models.DEFAULT[s["dataset"]]:
+    if s["model"] != models.DEFAULT.get(s["dataset"]):
         words.append(s["model"])
     words += s.get("augment") or []
     if s["adversarial"]:
@@ -221,6 +229,8 @@ def _readable(path: str) -> str:
 
 def _save(figure, out: pathlib.Path, name: str) -> pathlib.Path:
     path = out.with_name(f"{out.stem}-{name}.png")
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
     plt.close(figure)
+    write(picture.getvalue(), path)
     return path

@@ -1,28 +1,203 @@
-"""Results as files: where they were measured, and writing them safely."""
+"""Results as files: written whole or not at all, and checked when they are read."""
 
 import json
+import os
 import pathlib
-import platform
-from importlib.metadata import version
+import re
+import reprlib
+import secrets
 from typing import Any
 
-import jax
+FORMAT = 1  # of the files; those without this field are older, and can be read
 
-PACKAGES = ("weightreg", "jax", "optax", "flax", "numpy")
-
-
-def environment() -> dict[str, Any]:
-    """The versions and the device that a result was measured with."""
-    python = {"python": platform.python_version()}
-    return {
-        "versions": {p: version(p) for p in PACKAGES} | python,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
+EACH = "each"  # stands for every name of an object
+KINDS: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "true or false": (bool,),
+    "a whole number": (int,),
+    "a number": (int, float),
+    "a number or null": (int, float, type(None)),
+    "a list": (list,),
+    "an object": (dict,),
+}
+# What tables and plots need of a file, and what it may have beside that.
+METHOD = {
+    "label": "text",
+    "tuning": {"trials": "a list", "chosen": {EACH: "a number"}, "at_edge": "a list"},
+    "metrics": {
+        name: {"mean": "a number", "std": "a number"}
+        for name in ("best", "last", "fgsm", "pgd", "worst")
+    },
+    "warnings": "a list",
+    "test_accuracy": "a list",
+    "log_energy": "a list",
+    "complexity": "a list",
+    "strength": dict.fromkeys(("epsilon", "clean", "fgsm", "pgd", "worst"), "a list"),
+    "gradients": {"counts": "a list", "log10_edges": "a list"},
+    "weights": {
+        EACH: {"counts": "a list", "edges": "a list", "wall": "a number or null"}
+    },
+}
+FORM = {
+    "form": "text",
+    **dict.fromkeys(("kernel_bytes", "file_bytes", "device_bytes"), "a whole number"),
+    **dict.fromkeys(("peak_bytes_1", "peak_bytes_100"), "a whole number"),
+    **dict.fromkeys(("relative_time_1", "relative_time_100"), "a number"),
+}
+COMPARISON = {
+    "complete": "true or false",
+    "command": "text",
+    "settings": {
+        "dataset": "text",
+        "noise": "a number",
+        "model": "text",
+        "seeds": "a whole number",
+        "adversarial": "a number",
+        "epsilon": "a number",
+    },
+    "data": {"source": "text"},
+    "device": "text",
+    "results": {EACH: METHOD},
+}
+MAY_HAVE = {
+    "experiment": {"name": "text", "part": "text", "scale": "text"},
+    "deployed": {EACH: {"method": "text", "accuracy": "a list", **FORM}},
+    "relative_step_time": {EACH: "a number"},
+}
+TIMES = {EACH: {EACH: "a number"}}
+COST = {
+    "command": "text",
+    "parameters": "a whole number",
+    "device": "text",
+    "optimizers": {
+        EACH: dict.fromkeys(("relative_time", "bytes", "temporary_bytes"), "a number")
+    },
+    "training": TIMES,
+    "inference": TIMES,
+    "forms": {EACH: {EACH: FORM}},
+}
 
 
 def save(result: dict, out: pathlib.Path) -> None:
-    """Writes a file in one move, so that an interrupt leaves the last whole one."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    part.replace(out)
+    """Writes a result as JSON.
+
+    Raises:
+      ValueError: It has an infinity or NaN, which JSON has not.
+      OSError: As in `write`.
+    """
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    write(text.encode(), out)
+
+
+def write(content: bytes, out: pathlib.Path) -> None:
+    """Writes a file in one move: whoever reads it finds the old one or the new one.
+
+    Raises:
+      OSError: With the name of the file. What stood there before stands there still.
+    """
+    part = out.with_name(f".{out.name}.{secrets.token_hex(8)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+            os.replace(part, out)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:  # a full disk's error names no file
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, reason, str(out)) from error
+
+
+def partial(out: pathlib.Path) -> pathlib.Path:
+    """Where a run keeps what is finished of ``out``: each run has a file of its own."""
+    return out.with_name(f"{out.stem}.partial-{secrets.token_hex(4)}.json")
+
+
+def complete_of(file: pathlib.Path) -> pathlib.Path:
+    """The file that a run would have written, had it not ended too early.
+
+    Of a file that is no partial one, the file itself.
+    """
+    return file.with_name(re.sub(r"\.partial-\w+(?=\.json$)", "", file.name))
+
+
+def partials(out: pathlib.Path) -> list[pathlib.Path]:
+    """What runs have left that ended too early, or are still going on."""
+    return sorted(
+        f for f in out.parent.glob("*.partial-*.json") if complete_of(f) == out
+    )
+
+
+def load(file: pathlib.Path) -> dict[str, Any]:
+    """Reads a comparison or costs, and refuses a file that is neither.
+
+    Raises:
+      ValueError: The file is no JSON, or lacks what a result has, or is newer.
+      OSError: It cannot be read.
+    """
+    try:
+        result = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON, but is not: {error}") from error
+    if not isinstance(result, dict):
+        raise ValueError(
+            f"{file} must be a result of `python -m benchmarks`, a JSON object, but "
+            f"holds {reprlib.repr(result)}."
+        )
+    if (version := result.get("format", FORMAT)) != FORMAT:
+        raise ValueError(
+            f"{file} has format {version!r}, but this version reads {FORMAT} only: "
+            f"read it with the version that wrote it."
+        )
+    costs = is_cost(result)
+    _check(result, COST if costs else COMPARISON, "", file)
+    if not costs:
+        known = {name: kind for name, kind in MAY_HAVE.items() if name in result}
+        _check(result, known, "", file)
+    return result
+
+
+def is_cost(result: dict) -> bool:
+    """Whether a result is of what steps cost, rather than a comparison."""
+    return "optimizers" in result
+
+
+def refuse_another(settings: dict, out: pathlib.Path) -> None:
+    """Refuses to write a comparison over one of other settings.
+
+    Files of other settings have other names, unless what a default or a paper's table
+    is has changed since. What an older file does not tell cannot differ.
+
+    Raises:
+      ValueError: The file is of other settings, or no result.
+    """
+    if not out.exists():
+        return
+    old = load(out).get("settings", {})
+    new = json.loads(json.dumps(settings))
+    for name in old.keys() & new.keys() - {"mapping"}:
+        if old[name] != new[name]:
+            raise ValueError(
+                f"{out} holds another comparison, whose {name} is {old[name]}, not "
+                f"{new[name]}: move it away, or write into another folder."
+            )
+
+
+def _check(value: Any, expected: Any, where: str, file: pathlib.Path) -> None:
+    """Compares what was read with what is needed, down to the first difference."""
+    kind = expected if isinstance(expected, str) else "an object"
+    if not isinstance(value, KINDS[kind]):
+        raise ValueError(
+            f"{file} must have {kind} as {where}, but has {reprlib.repr(value)}."
+        )
+    if isinstance(expected, str):
+        return
+    for name in value if EACH in expected else expected:
+        inner = f"{where}.{name}" if where else name
+        if name not in value:
+            raise ValueError(
+                f"{file} lacks the field {inner}, which results have: it is of another "
+                f"version, or no result of `python -m benchmarks`."
+            )
+        _check(value[name], expected.get(EACH, expected.get(name)), inner, file)

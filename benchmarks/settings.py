@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -144,13 +146,31 @@ class Settings:
         return min(10, max(1, self.epochs // 5))
 
     def name(self) -> str:
-        """What results are called."""
+        """What results are called, which is the same for the same comparison.
+
+        Words tell some settings. All others that are not the data set's defaults are
+        in a hash of eight digits, but for where data lie and how runs are spread over
+        devices: these are no part of what is compared.
+        """
+        default = Settings.of(self.dataset)
         words = [self.dataset, f"noise{round(100 * self.noise)}"]
-        words += [self.model] * (self.model != models.DEFAULT[self.dataset])
-        words += [self.optimizer] * (self.optimizer != "adam")
-        words += ["steps"] * (self.schedule == "steps")
+        words += [self.model] * (self.model != default.model)
+        words += [self.optimizer] * (self.optimizer != default.optimizer)
+        words += [self.schedule] * (self.schedule != default.schedule)
         words += self.augment
         words += ["adversarial"] * (self.adversarial > 0)
+        told = {"dataset", "model", "optimizer", "schedule", "augment"}
+        told |= {"mapping", "data_dir"}
+        if self.noise == round(100 * self.noise) / 100:
+            told.add("noise")
+        untold = {}
+        for name in {field.name for field in dataclasses.fields(self)} - told:
+            if (value := getattr(self, name)) != getattr(default, name):
+                # Equal numbers are one setting: 1 and 1.0 are written alike.
+                untold[name] = float(value) if isinstance(value, int) else value
+        if untold:
+            text = json.dumps(untold, sort_keys=True)
+            words.append(hashlib.sha256(text.encode()).hexdigest()[:8])
         return "-".join(words)
 
     def ticks(self) -> int:

@@ -1,17 +1,25 @@
 """The command line, from end to end."""
 
 import contextlib
+import errno
 import io
 import json
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
+import time
+import types
 
 import datasets
 import numpy as np
 import pytest
 
 import benchmarks.__main__ as cli
-from benchmarks import compare
+from benchmarks import compare, record
 
+ROOT = pathlib.Path(__file__).parents[2]
 PLOTS = ("accuracy", "energy", "gradients", "strength", "weights")
 
 
@@ -19,6 +27,7 @@ COMPARED = ["none", "volumization", "weissi"]
 
 
 SMALL = ["--epochs", "2", "--trials", "2", "--seeds", "2", "--tuning-seeds", "1"]
+COMMAND = ["compare", *SMALL, "--methods", ",".join(COMPARED)]
 
 
 @pytest.mark.parametrize(
@@ -36,21 +45,23 @@ def test_what_does_not_fit_the_data_is_refused(given, message, tmp_path, capsys)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A small comparison by the command line, and what it printed."""
+    """The file of a small comparison by the command line, and what was printed."""
     out = tmp_path_factory.mktemp("compare")
-    command = ["compare", *SMALL, "--methods", ",".join(COMPARED), "--out", str(out)]
+    command = [*COMMAND, "--out", str(out)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert cli.main(command) == 0
-    return out, printed.getvalue()
+    (file,) = out.glob("*.json")
+    return file, printed.getvalue()
 
 
 def test_compare_from_end_to_end(finished):
-    out, printed = finished
-    stem = "digits-noise40"
-    files = [f"{stem}.json", *(f"{stem}-{plot}.png" for plot in PLOTS)]
-    assert {f.name for f in out.iterdir()} == set(files)
-    result = json.loads((out / f"{stem}.json").read_text())
-    assert result["complete"]
+    file, printed = finished
+    files = [file, *(file.with_name(f"{file.stem}-{plot}.png") for plot in PLOTS)]
+    assert set(file.parent.iterdir()) == set(files)
+    assert re.fullmatch(r"digits-noise40-[0-9a-f]{8}", file.stem)
+    result = record.load(file)
+    assert result["complete"] and result["format"] == record.FORMAT
+    assert "commit" in result
     assert list(result["results"]) == COMPARED
     assert not set(result["fixed"]["tuning_seeds"]) & set(result["fixed"]["seeds"])
     for name, entry in result["results"].items():
@@ -80,26 +91,28 @@ def test_compare_from_end_to_end(finished):
             assert (layer["wall"] is not None) == (name == "volumization")
             assert sum(layer["counts"]) in (64 * 256, 256 * 10)
     assert result["relative_step_time"]["none"] == 1.0
-    assert "Generalizes best" in printed and "Resists attack best" in printed
+    assert "Highest accuracy in the last epochs: " in printed
+    assert "Highest accuracy under all attacks: " in printed
+    assert "with 2 trials a method the ranking has not settled" in printed
 
 
 def test_table_and_plots_come_from_the_json_alone(finished, tmp_path, capsys):
-    out, printed = finished
-    stem = "digits-noise40"
-    assert cli.main(["report", str(out / f"{stem}.json"), "--out", str(tmp_path)]) == 0
+    file, printed = finished
+    assert cli.main(["report", str(file), "--out", str(tmp_path / "new")]) == 0
     again = capsys.readouterr().out
     assert again.split("wrote")[0] == printed.split("wrote")[0]
-    for plot in (f"{stem}-{plot}.png" for plot in PLOTS):
-        assert (tmp_path / plot).read_bytes() == (out / plot).read_bytes()
+    for plot in (f"{file.stem}-{plot}.png" for plot in PLOTS):
+        drawn = (tmp_path / "new" / plot).read_bytes()
+        assert drawn == file.with_name(plot).read_bytes()
 
 
 def test_the_recorded_command_repeats_the_result(finished, tmp_path):
-    out, _ = finished
-    first = json.loads((out / "digits-noise40.json").read_text())
+    file, _ = finished
+    first = json.loads(file.read_text())
     words = first["command"].split()
     assert words[:3] == ["python", "-m", "benchmarks"]
     assert cli.main([*words[3:], "--out", str(tmp_path)]) == 0
-    second = json.loads((tmp_path / "digits-noise40.json").read_text())
+    second = json.loads((tmp_path / file.name).read_text())
     del first["relative_step_time"], second["relative_step_time"]
     assert first == second
 
@@ -114,11 +127,209 @@ def test_an_interrupt_leaves_what_is_finished(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(compare, "final", interrupted)
     assert cli.main(["compare", *SMALL, "--out", str(tmp_path)]) == 130
-    result = json.loads((tmp_path / "digits-noise40.json").read_text())
+    (file,) = tmp_path.glob("*.json")
+    assert ".partial-" in file.name
+    result = json.loads(file.read_text())
     assert list(result["results"]) == ["none"] and not result["complete"]
-    assert "Interrupted" in capsys.readouterr().out
-    assert (tmp_path / "digits-noise40-accuracy.png").is_file()
-    assert not list(tmp_path.glob("*.part"))
+    printed = capsys.readouterr().out
+    assert "Interrupted" in printed and str(file) in printed
+    assert file.with_name(f"{file.stem}-accuracy.png").is_file()
+    assert len(list(tmp_path.iterdir())) == 1 + len(PLOTS)
+    assert cli.main(["report", str(record.complete_of(file))]) == 2
+    error = capsys.readouterr().err
+    assert "only what a run has finished of it" in error and str(file) in error
+
+
+@pytest.fixture
+def standing(finished, tmp_path, monkeypatch):
+    """A complete result, and runs of its settings that take no time to come to it."""
+    file, _ = finished
+    results = json.loads(file.read_text())["results"]
+    monkeypatch.setattr(compare, "_source", lambda *_: None)
+    monkeypatch.setattr(compare, "tune", lambda name, *_: results[name]["tuning"])
+    monkeypatch.setattr(compare, "final", lambda name, *_: (dict(results[name]), []))
+    monkeypatch.setattr(compare, "step_times", lambda *_: {})
+    return pathlib.Path(shutil.copy(file, tmp_path))
+
+
+def test_an_interrupted_rerun_leaves_the_complete_result(standing, monkeypatch, capsys):
+    before, whole = standing.read_bytes(), compare.final
+
+    def interrupted(name, *args):
+        if name == "weissi":
+            raise KeyboardInterrupt
+        return whole(name, *args)
+
+    monkeypatch.setattr(compare, "final", interrupted)
+    assert cli.main([*COMMAND, "--out", str(standing.parent)]) == 130
+    printed = capsys.readouterr().out
+    assert standing.read_bytes() == before
+    (left,) = record.partials(standing)
+    assert list(record.load(left)["results"]) == ["none", "volumization"]
+    assert "Interrupted" in printed and f"The result is in {left}" in printed
+    assert f"{standing}, which is complete, stands as it was." in printed
+    assert cli.main(["report", str(standing), "--out", str(standing.parent)]) == 0
+    printed = capsys.readouterr().out
+    assert "Interrupted" not in printed.split("wrote")[0]
+    assert f"{left} is of another run, interrupted or still going on." in printed
+
+
+def test_a_rerun_replaces_the_result_when_it_is_complete(standing):
+    old = json.loads(standing.read_text())
+    assert cli.main([*COMMAND, "--out", str(standing.parent)]) == 0
+    new = json.loads(standing.read_text())
+    assert old["relative_step_time"] and new == old | {"relative_step_time": {}}
+    assert not record.partials(standing)
+
+
+def test_a_killed_rerun_leaves_the_complete_result(finished, tmp_path):
+    old = pathlib.Path(shutil.copy(finished[0], tmp_path))
+    before = old.read_bytes()
+    rerun = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *COMMAND, "--out", tmp_path],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until = time.monotonic() + 120
+        while not record.partials(old):
+            assert rerun.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        rerun.kill()
+        rerun.wait()
+    assert old.read_bytes() == before
+    (left,) = record.partials(old)
+    assert record.load(left)["complete"] is False
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(standing, monkeypatch, capsys):
+    """What was written of this run before, and the complete result, stay."""
+    before, write, written = standing.read_bytes(), record.write, []
+
+    def filling(content, out):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(out))
+        written.append(out)
+        write(content, out)
+
+    monkeypatch.setattr(record, "write", filling)
+    assert cli.main([*COMMAND, "--out", str(standing.parent)]) == 2
+    assert standing.read_bytes() == before
+    (left,) = record.partials(standing)
+    assert list(record.load(left)["results"]) == ["none"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line and str(left) in line
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_measuring(
+    tmp_path, monkeypatch, capsys
+):
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(record, "write", denied)
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", denied)
+    for command in (["compare"], ["cost"]):
+        assert cli.main([*command, "--out", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "Permission denied" in line and str(tmp_path) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_part_of_an_experiment_begins_where_another_cannot(
+    tmp_path, monkeypatch, capsys
+):
+    """Settings of a table's last part have changed since its file was written."""
+    committed = ROOT / "benchmarks/results/weissi-table1-cpu-cnn-adversarial.json"
+    result = json.loads(committed.read_text())
+    result["settings"]["trials"] = 7
+    record.save(result, tmp_path / committed.name)
+    monkeypatch.setattr(cli, "_compare", None)
+    assert cli.main(["experiment", "weissi-table1", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{committed.name} holds another comparison, whose trials is 7" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["cost", "--side", "0"], "--side: must be a whole number of at least 1"),
+        (["cost", "--side", "-1"], "but is -1"),
+        (["cost", "--rounds", "0"], "--rounds: must be a whole number of at least 1"),
+        (["cost", "--rounds", "many"], "but is many"),
+        (["cost", "--out", "FILE"], "--out: must be a folder, but FILE is a file"),
+        (["compare", "--out", "FILE/below"], "--out: must be a folder, but FILE is"),
+        (["report", "FILE", "--out", "FILE"], "--out: must be a folder, but FILE is"),
+        (["compare", "--dataset", "imagenet"], "dataset.* 'imagenet'"),
+        (["compare", "--epsilon", "-1"], "epsilon must be at least 0, but is -1.0"),
+        (["compare", "--epsilon", "nan"], "epsilon must be .* but is nan"),
+        (["compare", "--seeds", "-3"], "seeds must be at least 1, but is -3"),
+        (["compare", "--seeds", "1.5"], "--seeds: invalid int value: '1.5'"),
+        (["compare", "--methods", "none,magic"], "methods must be .* not magic"),
+        (["compare", "--mapping", "both"], "--mapping: invalid choice: 'both'"),
+        (["experiment", "table9"], "name: invalid choice: 'table9'"),
+        (["experiment", "quantization", "--parts", "x"], "parts must be .* not x"),
+        (["report", "FILE"], "FILE must be JSON"),
+        (["report", "FILE/below"], "FILE/below"),
+        (["report", "FILE.json"], "No such file or directory: 'FILE.json'"),
+        (["show"], "invalid choice: 'show'"),
+        ([], "required"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(words, named, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("no result")
+    assert cli.main([word.replace("FILE", str(file)) for word in words]) == 2
+    output = capsys.readouterr()
+    (line,) = output.err.splitlines()
+    assert re.search(named.replace("FILE", re.escape(str(file))), line)
+    assert not output.out and list(tmp_path.iterdir()) == [file]
+
+
+def test_an_interrupt_of_any_command_ends_it_with_130(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "load", interrupted)
+    assert cli.main(["report", "a.json"]) == 130
+
+
+def test_costs_are_reported_like_comparisons(tmp_path, monkeypatch, capsys):
+    from benchmarks import cost
+
+    committed = ROOT / "benchmarks/results/cost-cpu.json"
+    assert cli.main(["report", str(committed)]) == 0
+    assert "| `chain(adam, volumize)` | 1.15 |" in capsys.readouterr().out
+    result = json.loads(committed.read_text())
+    monkeypatch.setattr(cost, "run", lambda side, rounds: result)
+    monkeypatch.setattr(cli.jax, "default_backend", lambda: "cpu")
+    for words in ([], ["--side", "8"], ["--rounds", "9"]):
+        assert cli.main(["cost", *words, "--out", str(tmp_path)]) == 0
+    names = {"cost-cpu.json", "cost-cpu-side8.json", "cost-cpu-rounds9.json"}
+    assert {f.name for f in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked", "mapping"),
+    [
+        ("cpu", None, "devices"),
+        ("gpu", None, "vmap"),
+        ("cpu", "vmap", "vmap"),
+        ("gpu", "devices", "devices"),
+    ],
+)
+def test_each_core_is_a_device_however_runs_are_spread(
+    backend, asked, mapping, monkeypatch
+):
+    devices = {}
+    config = types.SimpleNamespace(update=devices.__setitem__)
+    fake = types.SimpleNamespace(config=config, default_backend=lambda: backend)
+    monkeypatch.setattr(cli, "jax", fake)
+    monkeypatch.setattr(cli, "_cores", lambda: 3)
+    assert cli._mapping(asked) == mapping
+    assert devices == {"jax_num_cpu_devices": 3}
 
 
 def test_missing_data_says_what_to_do(tmp_path, monkeypatch, capsys):

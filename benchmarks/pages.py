@@ -1,0 +1,185 @@
+"""``RESULTS.md`` and ``COSTS.md``: each committed result once, with what it means."""
+
+import pathlib
+from typing import Any
+
+from benchmarks import record
+from benchmarks.experiments import EXPERIMENTS
+from benchmarks.plots import dataset, title
+from benchmarks.report import ENOUGH_TRIALS, cost_markdown, markdown
+
+FOLDER = pathlib.Path(__file__).parent
+# The committed pictures: results, and what is drawn of them.
+PICTURES = {
+    "volumization-table2-cpu-noise80": "accuracy",
+    "enc-tables-cpu-decay": "sensitivity",
+}
+WRITTEN = "<!-- Written by `python -m benchmarks pages`; changes here are lost. -->"
+RESULTS_HEAD = f"""\
+# Results
+
+{WRITTEN}
+
+What the comparisons measured; what follows for a method is on its card.
+
+## How to read the tables
+
+- **settings**: what was chosen by accuracy on held-out labels as noisy as the
+  training labels (under FGSM, where the command says so), with the same number of
+  trials for each method. Methods at fixed settings, such as a paper's, are not tuned.
+- **best**: test accuracy in percent, of the best epoch. **last epochs**: its mean
+  over the last fifth of the epochs, at most ten; that is what one gets who cannot
+  tell the best.
+- **±**: one standard deviation over seeds.
+- **FGSM**, **PGD**: accuracy under these attacks in the L-infinity norm, PGD from one
+  random start, as papers report them. **all attacks**: the share of inputs that are
+  right and also withstand PGD with further random starts, PGD on the margin of the
+  logits, which does not saturate, and what PGD finds on a network of another seed
+  without regularization. If a transferred attack beats those that know the network,
+  its gradients are masked, and a warning says so. None of these networks is robust;
+  the columns say which is the least fragile.
+- **GBR**: the mean squared norm of the input Jacobian on training examples, in the
+  end.
+- **step time**: of a whole training step, relative to one without regularization.
+- *In italics*: the papers' own figures.
+- **commit**: of the code that measured; older files do not tell it.
+
+## Nine trials are too few
+
+Few trials tell who was lucky in tuning. [MNIST with 80 % wrong
+labels](#quantization-cpu-mnist-noise80), tuned once more with {ENOUGH_TRIALS} trials
+for every method (otherwise alike, at commit 5a8b5f9; its file was not kept), gave in
+the last epochs:
+
+| trials | decay (AdamW) | L2 | volumization | WEISSI | binary | ternary |
+| --- | --- | --- | --- | --- | --- | --- |
+| 9 | 71.6 ± 2.3 | | 70.0 ± 3.9 | | 79.7 ± 2.3 | 74.4 ± 1.7 |
+| 40 | 79.2 ± 1.3 | 78.0 ± 1.8 | 73.6 ± 1.5 | 79.6 ± 2.0 | 80.8 ± 0.8 | 81.4 ± 1.6 |
+
+With 9 trials, binary networks seemed to lead weight decay by 8 points; once decay is
+tuned, they lead by 1.6. Tables below with fewer than {ENOUGH_TRIALS} trials therefore
+rank nothing, and say so.
+
+## How to run them again
+
+The command below each table repeats it; `DATA` is a folder with Parquet files, and
+without `--data-dir` they come from the Hugging Face hub. `python -m benchmarks
+experiment NAME` runs a paper's table, and with `--scale full` the paper's epochs and
+data, for which one wants a GPU. `python -m benchmarks report FILE` prints a table and
+draws all its plots: accuracy, weight energy and complexity over epochs, input
+gradients, accuracy over the strength of attacks, weights, GBR, distances from levels.
+"""
+COSTS_HEAD = f"""\
+# Costs
+
+{WRITTEN}
+
+Of each result, the first table is the optimizer's part of a step alone, where nothing
+hides it; the second is whole training steps, and so is "step time" in
+[RESULTS.md](RESULTS.md). The third is inference: a folded network is an ordinary one.
+The last ones are inference from bits, all layers unpacked at once or one after
+another (`unpack_layers`); peaks are bytes that the compiled program is to hold.
+
+The wrapper `volumized` costs more than the link `volumize` because it needs the old
+weights twice, for the new ones and for the momentum; a form that reads which weights
+were outside off the result is cheaper, but errs by rounding. Donate parameters and
+state to the compiled step, and let it take and return them in the same order
+(`step(params, opt_state, ...) -> params, opt_state`): otherwise XLA copies both.
+
+Times depend on the machine, bytes on the compiler. `python -m benchmarks cost`
+measures them on yours.
+"""
+
+
+def update(folder: pathlib.Path = FOLDER) -> None:
+    """Writes both pages beside the folder ``results`` that they are written from."""
+    for page, text in _pages(folder).items():
+        record.write(text.encode(), page)
+
+
+def stale(folder: pathlib.Path = FOLDER) -> list[pathlib.Path]:
+    """Pages that are missing or not what `update` would write."""
+    return [
+        page
+        for page, text in _pages(folder).items()
+        if not page.is_file() or page.read_text() != text
+    ]
+
+
+def _pages(folder: pathlib.Path) -> dict[pathlib.Path, str]:
+    """Both pages by their files.
+
+    Raises:
+      ValueError: A file is no result, or is not complete.
+    """
+    files = [
+        f for f in sorted(folder.glob("results/*.json")) if ".partial-" not in f.name
+    ]
+    results = {file.stem: record.load(file) for file in files}
+    costs = {stem: r for stem, r in results.items() if record.is_cost(r)}
+    compared = {stem: r for stem, r in results.items() if stem not in costs}
+    for stem, result in compared.items():
+        if not result["complete"]:
+            raise ValueError(
+                f"results/{stem}.json must be complete to go on a page, but its run "
+                f"has ended early: run it again."
+            )
+    return {
+        folder / "RESULTS.md": _results(compared),
+        folder / "COSTS.md": _costs(costs),
+    }
+
+
+def _results(compared: dict[str, dict[str, Any]]) -> str:
+    """Comparisons in groups: the data sets' own, then those of the papers' tables."""
+    groups: dict[str, list[str]] = {}
+    for stem in sorted(compared, key=lambda stem: (_place(compared[stem]), stem)):
+        groups.setdefault(_group(compared[stem]), []).append(stem)
+    contents, sections = ["## Contents", ""], []
+    for heading, stems in groups.items():
+        contents.append(f"- {heading}")
+        sections += [f"## {heading}", ""]
+        for stem in stems:
+            contents.append(f"  - [{stem}](#{stem}): {title(compared[stem])}")
+            sections += _section(stem, compared[stem])
+    return "\n".join([RESULTS_HEAD, *contents, "", *sections]).rstrip() + "\n"
+
+
+def _place(result: dict) -> int:
+    """Where a comparison's group goes."""
+    names = [*EXPERIMENTS]
+    return names.index(mark["name"]) if (mark := result.get("experiment")) else -1
+
+
+def _group(result: dict) -> str:
+    """The heading under which a comparison goes."""
+    if mark := result.get("experiment"):
+        text = EXPERIMENTS[mark["name"]].title
+        return text[0].upper() + text[1:]
+    return dataset(result)
+
+
+def _section(stem: str, result: dict) -> list[str]:
+    """A comparison under its file's name, which is its address on the page."""
+    lines = [
+        f"### {stem}",
+        "",
+        markdown(result),
+        "",
+        f"[{stem}.json](results/{stem}.json)",
+    ]
+    if mark := result.get("experiment"):
+        command = f"experiment {mark['name']} --scale {mark['scale']}"
+        lines[-1] += f"; `python -m benchmarks {command} --parts {mark['part']}`"
+    if what := PICTURES.get(stem):
+        picture = f"results/{stem}-{what}.png"
+        lines += ["", f"![{what.capitalize()} over epochs: {title(result)}]({picture})"]
+    return [*lines, ""]
+
+
+def _costs(costs: dict[str, dict[str, Any]]) -> str:
+    lines = [COSTS_HEAD]
+    for stem, result in costs.items():
+        file = f"[{stem}.json](results/{stem}.json)"
+        lines += [f"## {stem}", "", cost_markdown(result), "", file, ""]
+    return "\n".join(lines).rstrip() + "\n"

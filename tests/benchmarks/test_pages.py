@@ -1,0 +1,87 @@
+"""The two pages of results."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import benchmarks.__main__ as cli
+from benchmarks import pages, record, report
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMPARED = [
+    f for f in sorted(pages.FOLDER.glob("results/*.json")) if "cost" not in f.name
+]
+
+
+def test_the_pages_show_the_committed_results(monkeypatch, capsys):
+    assert cli.main(["pages", "--check"]) == 0
+    monkeypatch.setattr(pages, "stale", lambda: [pages.FOLDER / "RESULTS.md"])
+    assert cli.main(["pages", "--check"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "RESULTS.md" in line and "python -m benchmarks pages" in line
+
+
+def test_pages_are_written_from_results_alone(tmp_path):
+    (tmp_path / "results").mkdir()
+    assert {page.name for page in pages.stale(tmp_path)} == {"RESULTS.md", "COSTS.md"}
+    for stem in ("digits-noise40", "weissi-table1-cpu-cnn", "cost-cpu"):
+        shutil.copy(pages.FOLDER / f"results/{stem}.json", tmp_path / "results")
+    record.save({}, record.partial(tmp_path / "results/digits-noise40.json"))
+    pages.update(tmp_path)
+    assert pages.stale(tmp_path) == []
+    results = (tmp_path / "RESULTS.md").read_text()
+    assert re.findall(r"^### (.*)$", results, re.M) == [
+        "digits-noise40",
+        "weissi-table1-cpu-cnn",
+    ]
+    costs = (tmp_path / "COSTS.md").read_text()
+    assert re.findall(r"^## (.*)$", costs, re.M) == ["cost-cpu"]
+    (tmp_path / "COSTS.md").write_text(costs + "more\n")
+    assert pages.stale(tmp_path) == [tmp_path / "COSTS.md"]
+
+
+def test_unfinished_results_are_on_no_page(tmp_path):
+    result = json.loads((pages.FOLDER / "results/digits-noise40.json").read_text())
+    record.save(result | {"complete": False}, tmp_path / "results/digits-noise40.json")
+    with pytest.raises(ValueError, match=r"noise40\.json must be complete"):
+        pages.update(tmp_path)
+
+
+def test_each_table_is_there_once():
+    text = (pages.FOLDER / "RESULTS.md").read_text()
+    assert re.findall(r"^### (.*)$", text, re.M) != []
+    for file in COMPARED:
+        assert text.count(f"\n### {file.stem}\n") == 1
+        assert text.count(report.markdown(record.load(file))) == 1
+        assert text.count(f"](results/{file.name})") == 1
+        assert text.count(f"](#{file.stem}): ") == 1
+    assert len(re.findall(r"^\| method \|", text, re.M)) == len(COMPARED)
+
+
+def test_too_few_trials_are_told_under_each_table():
+    text = (pages.FOLDER / "RESULTS.md").read_text()
+    sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", text, re.M | re.S))
+    for file in COMPARED:
+        entries = record.load(file)["results"].values()
+        tuned = [len(e["tuning"]["trials"]) for e in entries if e["tuning"]["trials"]]
+        if tuned and min(tuned) < 40:
+            note = f"Tuned with {min(tuned)} trials a method, which is too few to rank"
+            assert note in sections[file.stem]
+            assert sections[file.stem].count("the ranking has not settled") == 2
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not in a repository")
+def test_every_committed_picture_is_on_a_page():
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files"], check=True, capture_output=True, text=True
+    )
+    files = [ROOT / name for name in listed.stdout.splitlines()]
+    shown = [f for f in files if f.suffix in (".md", ".ipynb") and f.is_file()]
+    text = "\n".join(page.read_text() for page in shown)
+    for picture in files:
+        if picture.suffix == ".png" and picture.is_file():
+            assert picture.name in text
