@@ -93,7 +93,7 @@ def test_compare_from_end_to_end(finished):
     assert result["relative_step_time"]["none"] == 1.0
     assert "Highest accuracy in the last epochs: " in printed
     assert "Highest accuracy under all attacks: " in printed
-    assert "with 2 trials a method the ranking has not settled" in printed
+    assert "Tuned with 2 trials a method" in printed
 
 
 def test_table_and_plots_come_from_the_json_alone(finished, tmp_path, capsys):
