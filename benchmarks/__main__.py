@@ -17,6 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from benchmarks.data import DATASETS
+from benchmarks.experiments import EXPERIMENTS
+
 # Of a comparison; what is not given is a default, which may depend on the data set.
 SETTINGS = {
     "noise": (float, "fraction of wrong labels"),
@@ -67,7 +70,6 @@ def compare(options: argparse.Namespace, console: Console) -> int:
 def experiment(options: argparse.Namespace, console: Console) -> int:
     """Runs the comparisons of a table of a paper."""
     mapping = options.mapping or _mapping()
-    from benchmarks.experiments import EXPERIMENTS
     from benchmarks.settings import Settings
 
     chosen = EXPERIMENTS[options.name]
@@ -184,9 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     add = commands.add_parser("compare", help="compare methods on a data set")
-    add.add_argument(
-        "--dataset", choices=("digits", "mnist", "cifar10"), default="digits"
-    )
+    add.add_argument("--dataset", choices=tuple(DATASETS), default="digits")
     for name, (kind, text) in SETTINGS.items():
         add.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     add.add_argument(
@@ -209,10 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(command=compare)
 
     add = commands.add_parser("experiment", help="repeat a table of a paper")
-    add.add_argument(
-        "name",
-        choices=("weissi-table1", "volumization-table2", "enc-tables", "quantization"),
-    )
+    add.add_argument("name", choices=tuple(EXPERIMENTS))
     add.add_argument("--scale", choices=("cpu", "full"), default="cpu")
     add.add_argument("--parts", help="separated by commas; default: all")
     _add_common(add)

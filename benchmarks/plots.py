@@ -11,12 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks import models
+from benchmarks.data import DATASETS
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 COLOURS += ("#56B4E9", "#F0E442", "#882255", "#999999")  # and two more
-NAMES = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
 
 
 def draw(result: dict, out: pathlib.Path) -> list[pathlib.Path]:
@@ -167,10 +166,10 @@ def title(result: dict) -> str:
     """What was compared, in one line."""
     s = result["settings"]
     jpeg = " (as JPEG)" * ("JPEG" in result["data"]["source"])
-    words = [NAMES[s["dataset"]] + jpeg]
+    words = [DATASETS[s["dataset"]].title + jpeg]
     if s["noise"] or not result.get("experiment"):
         words.append(f"{s['noise']:.0%} of training labels wrong")
-    if s["model"] != models.DEFAULT[s["dataset"]]:
+    if s["model"] != DATASETS[s["dataset"]].model:
         words.append(s["model"])
     words += s.get("augment") or []
     if s["adversarial"]:

@@ -10,19 +10,12 @@ import optax
 from benchmarks import data as data_module
 from benchmarks import models, robustness
 from benchmarks.augment import AUGMENTATIONS
-from benchmarks.data import Dataset
+from benchmarks.data import DATASETS, Dataset
 from benchmarks.methods import BASES, METHODS
-from benchmarks.train import (
-    Training,
-)
+from benchmarks.train import Training
 
-# Two draws of the noise to tune on, since held-out labels are noisy too. Digits are
-# few: small batches. Cifar10's radius is the usual 8/255.
-DEFAULTS = {
-    "digits": {"epochs": 80, "batch": 32, "tuning_seeds": 2, "epsilon": 0.1},
-    "mnist": {"epochs": 20, "batch": 128, "tuning_seeds": 2, "epsilon": 0.1},
-    "cifar10": {"epochs": 20, "batch": 128, "tuning_seeds": 2, "epsilon": 8 / 255},
-}
+# What a data set has a default of its own for.
+DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon")
 
 # Where the learning rate is divided by ten, in shares of all steps.
 DROPS = {"constant": (), "steps": (0.3, 0.6, 0.9)}
@@ -69,13 +62,12 @@ class Settings:
     @classmethod
     def of(cls, dataset: str, **given: Any) -> "Settings":
         """Settings with a data set's defaults for all that is not given or None."""
-        if dataset not in DEFAULTS:
+        if dataset not in DATASETS:
             raise ValueError(
-                f"dataset must be among {', '.join(DEFAULTS)}, not {dataset!r}."
+                f"dataset must be among {', '.join(DATASETS)}, not {dataset!r}."
             )
         known = {name: value for name, value in given.items() if value is not None}
-        default: dict[str, Any] = {"model": models.DEFAULT[dataset]}
-        default |= DEFAULTS[dataset]
+        default = {name: getattr(DATASETS[dataset], name) for name in DEFAULTS}
         return cls(dataset=dataset, **(default | known))
 
     def __post_init__(self):
@@ -123,13 +115,13 @@ class Settings:
 
     def _check_methods(self) -> None:
         """Refuses methods that this network or optimizer would put at a loss."""
-        normed = isinstance(models.make(self.model, 1), models.NORMED)
+        normalized = [n for n, model in models.MODELS.items() if model.normalized]
         for name in self.methods:
             method = METHODS[name]
-            if method.norm and method.normed and not normed:
+            if method.norm and method.normed and self.model not in normalized:
                 raise ValueError(
                     f"methods has {name}, which needs a normalization after every "
-                    f"layer: model must be mlp_norm, resnet_norm or such, not "
+                    f"layer: model must be among {', '.join(normalized)}, not "
                     f"{self.model}."
                 )
             if method.fixed and self.optimizer != method.fixed_for:
@@ -169,6 +161,7 @@ class Settings:
         optimizer = functools.partial(
             chosen.build,
             base=self.optimizer,
+            output=models.MODELS[self.model].output,
             shrink=self._shrink(data),
             epoch=self._steps(data),
         )

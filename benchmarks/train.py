@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import weightreg as wr
 from benchmarks import models
 from benchmarks.augment import augment
-from benchmarks.methods import Hyperparameters
+from benchmarks.optimizers import Hyperparameters
 
 ADVERSARY_STEPS = 3  # of PGD in every step of adversarial training
 # What the sensitivity of is measured; the authors of GBR do not say.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import data
+from benchmarks.data import DATASETS
 from benchmarks.settings import Settings
 
 
@@ -38,6 +39,15 @@ from benchmarks.settings import Settings
 def test_settings_that_cannot_be_run_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         Settings.of(**({"dataset": "digits"} | given))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_what_is_not_given_is_the_data_sets_own(name):
+    settings, info = Settings.of(name, batch=7), DATASETS[name]
+    assert (settings.model, settings.epochs) == (info.model, info.epochs)
+    assert settings.tuning_seeds == info.tuning_seeds
+    assert settings.epsilon == info.epsilon
+    assert settings.batch == 7
 
 
 def test_the_learning_rate_is_lowered_three_times(digits):
