@@ -12,7 +12,7 @@ from benchmarks import models, robustness
 from benchmarks.augment import AUGMENTATIONS
 from benchmarks.data import DATASETS, Dataset
 from benchmarks.methods import BASES, METHODS
-from benchmarks.train import Training
+from benchmarks.train import MAPPINGS, Training
 
 # What a data set has a default of its own for.
 DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon")
@@ -26,7 +26,7 @@ CHOICES = {
     "optimizer": BASES,
     "schedule": DROPS,
     "tune_for": ("accuracy", "fgsm"),
-    "mapping": ("devices", "vmap"),
+    "mapping": MAPPINGS,
 }
 LISTS = ("augment", "methods", "deploy")  # settings that are several
 

@@ -66,6 +66,34 @@ def test_a_run_does_not_depend_on_the_others(mapping, digits):
             chex.assert_trees_all_close(together[i], alone, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("mapping", train.MAPPINGS)
+def test_runs_are_spread_over_all_devices(mapping, digits):
+    """Nine runs on eight devices, which are filled up to two runs each."""
+    seeds, hyper = list(range(9)), [HYPER[i % 3] for i in range(9)]
+    runs, progress = started(mapping, seeds, hyper, digits)
+    after, measured = runs.epoch(progress)
+    assert len(jax.devices()) == 8
+    for leaf in jax.tree.leaves(after):
+        assert leaf.sharding.device_set == set(jax.devices())
+        assert [len(shard.data) for shard in leaf.addressable_shards] == [2] * 8
+    together = runs.networks(after)
+    assert len(together) == len(measured.accuracy) == 9
+    for i in (0, 8):
+        alone, progress = started(mapping, seeds[i : i + 1], hyper[i : i + 1], digits)
+        progress, measured_alone = alone.epoch(progress)
+        (network,) = alone.networks(progress)
+        chex.assert_trees_all_close(together[i], network, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            measured.accuracy[i], measured_alone.accuracy[0], atol=0.01
+        )
+
+
+def test_mappings_are_known_by_name(digits):
+    message = "mapping must be among devices, vmap, not 'pmap'"
+    with pytest.raises(ValueError, match=message):
+        population("pmap", [0], HYPER[:1], digits)
+
+
 def test_a_run_equals_a_plain_loop(digits):
     """The population is what a user would write by hand, with fixed numbers."""
     (got,), _ = population("devices", [7], [HYPER[0]], digits)
