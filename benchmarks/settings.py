@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,20 @@ DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon")
 # Where the learning rate is divided by ten, in shares of all steps.
 DROPS = {"constant": (), "steps": (0.3, 0.6, 0.9)}
 
-COUNTS = ("seeds", "epochs", "batch", "trials", "tuning_seeds", "examples", "attacked")
+# Whole numbers, and the least of each. A start of PGD alone says little.
+COUNTS = {
+    "seeds": 1,
+    "epochs": 1,
+    "batch": 1,
+    "examples": 1,
+    "trials": 1,
+    "tuning_seeds": 1,
+    "attacked": 1,
+    "attack_steps": 1,
+    "restarts": 2,
+    "sensitivity": 0,
+}
+RADII = ("epsilon", "adversarial")  # of balls around inputs
 CHOICES = {
     "model": models.MODELS,
     "optimizer": BASES,
@@ -72,9 +86,7 @@ class Settings:
 
     def __post_init__(self):
         """Refuses what cannot be run."""
-        for name in COUNTS:
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, but is {count}.")
+        self._check_numbers()
         for name, known in CHOICES.items():
             if getattr(self, name) not in list(known):
                 raise ValueError(
@@ -104,14 +116,26 @@ class Settings:
             raise ValueError(
                 f"methods must be one or more, named once each, not {self.methods}."
             )
+
+    def _check_numbers(self) -> None:
+        """Refuses numbers out of range, such as NaN, which is in none."""
+        for name, least in COUNTS.items():
+            count = getattr(self, name)
+            if name == "examples" and count is None:  # all of them
+                continue
+            if not (isinstance(count, int) and count >= least):
+                raise ValueError(
+                    f"{name} must be at least {least} and a whole number, but is "
+                    f"{count}."
+                )
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must be in [0, 1], but is {self.noise}.")
-        for name in ("epsilon", "adversarial", "sensitivity"):
-            if not getattr(self, name) >= 0:
+        for name in RADII:
+            radius = getattr(self, name)
+            if not 0 <= radius < math.inf:
                 raise ValueError(
-                    f"{name} must be at least 0, but is {getattr(self, name)}."
+                    f"{name} must be at least 0 and finite, but is {radius}."
                 )
-        self.attacks()
 
     def _check_methods(self) -> None:
         """Refuses methods that this network or optimizer would put at a loss."""
