@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from benchmarks import record
+from benchmarks.data import DATASETS
 from benchmarks.experiments import EXPERIMENTS
 
 SIDE, ROUNDS = 1024, 200  # of what costs are measured on, by default
@@ -246,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     add = commands.add_parser("compare", help="compare methods on a data set")
-    add.add_argument("--dataset", default="digits", help="see benchmarks/data.py")
+    add.add_argument("--dataset", choices=tuple(DATASETS), default="digits")
     for name, (kind, text) in SETTINGS.items():
         add.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     add.add_argument(

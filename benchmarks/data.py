@@ -1,12 +1,13 @@
-"""Data sets as arrays, their splits, and label noise."""
+"""Data sets as arrays, their splits, and label noise.
+
+To add a data set, add an entry to `DATASETS`.
+"""
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Mapping
 
 import numpy as np
-
-HUB = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
-NAMES = ("digits", *HUB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,53 +30,132 @@ class Dataset:
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
-    classes: int = 10
+    classes: int
+
+
+def digits() -> Dataset:
+    """The digits that come with scikit-learn."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    x, y = np.asarray(x / 16, np.float32), np.asarray(y, np.int32)
+    train, test = train_test_split(np.arange(len(y)), stratify=y, random_state=0)
+    arrays = x[train], y[train], x[test], y[test]
+    return Dataset("digits", "scikit-learn", *arrays, classes=10)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hub:
+    """Where images are on the Hugging Face hub, or in Parquet files like its own.
+
+    Attributes:
+      name: What the hub calls the data set.
+      image: The column of images. That of labels is ``"label"``.
+    """
+
+    name: str
+    image: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What is known of a data set before it is loaded.
+
+    Attributes:
+      title: Name in tables and plots.
+      source: Where images are, or a function that loads what is on this machine.
+      shape: Of an example.
+      classes: Number of classes.
+      model: The name of the network in ``benchmarks/models.py``, if none is given, as
+        for all that follow.
+      epochs: Of training.
+      batch: Examples a step.
+      tuning_seeds: Draws of the noise to tune on: held-out labels are noisy too.
+      epsilon: Radius of the attacks, L-infinity.
+    """
+
+    title: str
+    source: Hub | Callable[[], Dataset]
+    shape: tuple[int, ...]
+    classes: int
+    model: str
+    epochs: int
+    batch: int
+    tuning_seeds: int
+    epsilon: float
+
+
+DATASETS: Mapping[str, DatasetInfo] = {
+    "digits": DatasetInfo(
+        title="Digits",
+        source=digits,
+        shape=(64,),
+        classes=10,
+        model="mlp",
+        epochs=80,
+        batch=32,  # since digits are few
+        tuning_seeds=2,
+        epsilon=0.1,
+    ),
+    "mnist": DatasetInfo(
+        title="MNIST",
+        source=Hub(name="ylecun/mnist", image="image"),
+        shape=(28, 28),
+        classes=10,
+        model="mlp",
+        epochs=20,
+        batch=128,
+        tuning_seeds=2,
+        epsilon=0.1,
+    ),
+    "cifar10": DatasetInfo(
+        title="CIFAR-10",
+        source=Hub(name="uoft-cs/cifar10", image="img"),
+        shape=(32, 32, 3),
+        classes=10,
+        model="cnn",
+        epochs=20,
+        batch=128,
+        tuning_seeds=2,
+        epsilon=8 / 255,  # the usual one
+    ),
+}
 
 
 def load(name: str, data_dir: str | None = None) -> Dataset:
     """Loads a data set.
 
     Args:
-      name: One of `NAMES`. Digits come with scikit-learn.
+      name: One of `DATASETS`. Digits come with scikit-learn.
       data_dir: Folder with ``<name>/train.parquet`` and ``<name>/test.parquet``;
         without it the Hugging Face hub is asked.
 
     Raises:
-      ValueError: The name is unknown.
+      ValueError: The name is unknown, or what is read is not that data set.
       FileNotFoundError: The files are not there, or the hub is not to be reached.
     """
-    if name == "digits":
-        return _digits()
-    if name not in HUB:
-        raise ValueError(f"dataset must be one of {', '.join(NAMES)}, not {name!r}.")
-    import datasets  # slow to import, and not needed for the default
+    if name not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {name!r}.")
+    info = DATASETS[name]
+    if not isinstance(info.source, Hub):
+        return info.source()
+    from benchmarks import images  # slow to import, and not needed for the default
 
+    hub, column = info.source.name, info.source.image
     if data_dir is None:
-        try:
-            sets = datasets.load_dataset(HUB[name])
-        except Exception as error:  # the hub's errors have no common class
-            raise FileNotFoundError(
-                f"{HUB[name]} could not be loaded from the Hugging Face hub "
-                f"({type(error).__name__}). Without a network, put train.parquet and "
-                f"test.parquet of it into DIR/{name} and pass --data-dir DIR."
-            ) from error
-        source = f"Hugging Face hub, {HUB[name]}"
+        tables, source = images.from_hub(hub, name), f"Hugging Face hub, {hub}"
     else:
         folder = pathlib.Path(data_dir) / name
-        files = {split: folder / f"{split}.parquet" for split in ("train", "test")}
-        if missing := [str(f) for f in files.values() if not f.is_file()]:
-            raise FileNotFoundError(
-                f"--data-dir has no {' and no '.join(missing)}; expected the Parquet "
-                f"files of {HUB[name]} there."
-            )
-        sets = datasets.load_dataset(
-            "parquet", data_files={k: str(f) for k, f in files.items()}
-        )
-        source = f"Parquet files of {HUB[name]}"
-    (x_train, y_train), (x_test, y_test) = (_images(sets[s]) for s in ("train", "test"))
-    if "JPEG" in (_column(sets[s])[0].format for s in ("train", "test")):
+        tables, source = images.from_files(hub, folder), f"Parquet files of {hub}"
+    train, test = (
+        images.examples(table, where, column, info.shape, info.classes)
+        for where, table in tables.items()
+    )
+    if "JPEG" in train.formats | test.formats:
         source += ", encoded as JPEG"  # which costs detail: no figure may hide it
-    return Dataset(name, source, x_train, y_train, x_test, y_test)
+    arrays = train.images, train.labels, test.images, test.labels
+    return Dataset(name, source, *arrays, info.classes)
 
 
 def corrupt(
@@ -99,23 +179,3 @@ def split(data: Dataset, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     order = np.random.default_rng(seed).permutation(len(data.y_train))
     cut = len(order) * 4 // 5
     return order[:cut], order[cut:]
-
-
-def _digits() -> Dataset:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    x, y = np.asarray(x / 16, np.float32), np.asarray(y, np.int32)
-    train, test = train_test_split(np.arange(len(y)), stratify=y, random_state=0)
-    return Dataset("digits", "scikit-learn", x[train], y[train], x[test], y[test])
-
-
-def _column(rows):
-    return rows["img" if "img" in rows.column_names else "image"]
-
-
-def _images(rows) -> tuple[np.ndarray, np.ndarray]:
-    images = np.stack([np.asarray(image) for image in _column(rows)])
-    labels = np.asarray(rows["label"], np.int32)
-    return (images / np.float32(255)).astype(np.float32), labels

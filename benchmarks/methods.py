@@ -4,7 +4,6 @@ To add a method, add an entry to `METHODS`.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +14,9 @@ import optax
 from scipy.stats import qmc
 
 import weightreg as wr
+from benchmarks import optimizers
+from benchmarks.optimizers import QUANTIZERS, Hyperparameters, Parts
 
-Hyperparameters = Mapping[str, float]
 Space = dict[str, tuple[float, float]]
 Direction = Callable[[], optax.GradientTransformation]
 
@@ -43,8 +43,6 @@ BASES: dict[str, Base] = {
     "momentum": Base(lambda: optax.trace(0.9), (1e-2, 2e-1), 5e-2),
 }
 
-
-QUANTIZERS = {"binary": wr.binarize, "ternary": wr.ternarize}
 QUANTIZE_EPOCHS = 2  # how many lie between, as in the paper
 
 
@@ -54,8 +52,7 @@ class Method:
 
     Attributes:
       label: Name in tables and plots.
-      optimizer: From hyperparameters, which may be traced, a direction and a learning
-        rate as links of a chain, to an optimizer.
+      optimizer: See ``benchmarks/optimizers.py``.
       space: Smallest and largest value of every further hyperparameter, on a log scale.
       log_size: From an untrained network to the logarithm of what its ``energy`` is
         multiplied by, by which the range of ``energy`` is divided: a product of norms
@@ -71,7 +68,7 @@ class Method:
     """
 
     label: str
-    optimizer: Callable[..., optax.GradientTransformation]
+    optimizer: optimizers.Optimizer
     space: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     log_size: Callable[[Any], jax.Array] | None = None
     fixed: Hyperparameters | None = None
@@ -86,6 +83,7 @@ class Method:
         self,
         hyper: Hyperparameters,
         base: str,
+        output: str,
         shrink: optax.Schedule | None = None,
         epoch: int = 1,
     ) -> optax.GradientTransformation:
@@ -94,6 +92,7 @@ class Method:
         Args:
           hyper: The hyperparameters, which may be traced.
           base: Name in `BASES`.
+          output: Path of the output layer's kernel in the parameters.
           shrink: What the learning rate is multiplied by at each step.
           epoch: Steps of an epoch.
         """
@@ -101,7 +100,8 @@ class Method:
         rate = optax.scale_by_learning_rate(
             (lambda count: learning_rate * shrink(count)) if shrink else learning_rate
         )
-        optimizer = self.optimizer(hyper, BASES[base].direction(), rate)
+        parts = Parts(BASES[base].direction(), rate, output)
+        optimizer = self.optimizer(hyper, parts)
         if not (self.levels and self.on_the_way):
             return optimizer
         every = QUANTIZE_EPOCHS * epoch
@@ -140,287 +140,172 @@ class Method:
         return space
 
 
-def _l2(h, direction, rate):
-    decay = optax.add_decayed_weights(h["strength"], mask=wr.weight_mask)
-    return optax.chain(decay, direction, rate)
-
-
-def _weissi(h, direction, rate):
-    return optax.chain(wr.add_weissi(h["energy"], h["complexity"]), direction, rate)
-
-
-def _weissi_cnn(h, direction, rate):
-    penalty = wr.add_weissi(h["energy"], h["complexity"], exponents=wr.cnn_exponents)
-    return optax.chain(penalty, direction, rate)
-
-
-def _weissi_log(h, direction, rate):
-    penalty = wr.add_weissi(h["energy"], h["complexity"], log=True)
-    return optax.chain(penalty, direction, rate)
-
-
-def _last_layer(params):
-    """Whether a leaf is the weight of the output layer, which has the last name."""
-    last = wr.weight_layers(params)[-1].index
-    marks = [i == last for i in range(len(jax.tree.leaves(params)))]
-    return jax.tree.unflatten(jax.tree.structure(params), marks)
-
-
-def _other_layers(params):
-    both = wr.weight_mask(params), _last_layer(params)
-    return jax.tree.map(lambda weight, last: weight and not last, *both)
-
-
-def _parseval(h, direction, rate):
-    # Liu et al. keep the output layer out, which has to tell classes apart, and decay
-    # it by 1e-4 times its squared norm.
-    decay = optax.add_decayed_weights(2e-4, mask=_last_layer)
-    step = wr.parseval(h["beta"], mask=_other_layers)
-    return optax.chain(decay, direction, rate, step)
-
-
-def _shifted_l2(scope, center):
-    """In the place of L2 where weights are mapped."""
-
-    def optimizer(h, direction, rate):
-        form = {"scope": scope, "center": center}
-        penalty = wr.add_shifted_l2(h["strength"], h["epsilon"], **form)
-        return optax.chain(penalty, direction, rate)
-
-    return optimizer
-
-
-class Rescaled:
-    """An equivalent norm, but of a squared norm that differs between layers.
-
-    Args:
-      center: As in ``weightreg.equivalent_norm``, of every unit.
-      squared_norm: From a ``WeightLayer``.
-    """
-
-    def __init__(self, center: bool, squared_norm: Callable[[Any], float]):
-        self._norm = wr.equivalent_norm("unit", center)
-        self._squared_norm = squared_norm
-        self.init = self._norm.init
-
-    def __call__(self, params: Any) -> Any:
-        """What the network runs on."""
-        leaves, treedef = jax.tree.flatten(self._norm(params))
-        for layer in wr.weight_layers(params):
-            leaves[layer.index] *= math.sqrt(self._squared_norm(layer))
-        return jax.tree.unflatten(treedef, leaves)
-
-
-def _boxed(volume: Callable[[Hyperparameters], Callable]):
-    """Volumization, with the walls that a rule gives."""
-
-    def optimizer(h, direction, rate):
-        chain = optax.chain(direction, rate)
-        return wr.volumized(chain, volume(h), 1 - h["one_minus_alpha"])
-
-    return optimizer
-
-
-def _he(h):
-    return wr.he_volume(h["v"])
-
-
-def _same(h):
-    """One ``V`` for all layers."""
-
-    def volume(params):
-        return jax.tree.map(lambda w: h["V"] if w else None, wr.weight_mask(params))
-
-    return volume
-
-
-@jax.custom_jvp
-def _straight_through(quantized: jax.Array, weight: jax.Array) -> jax.Array:
-    """Quantized weights, whose derivative is that of the weights."""
-    del weight
-    return quantized
-
-
-@_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    return _straight_through(*primals), tangents[1]
-
-
-class StraightThrough:
-    """The usual way to quantize: gradients pass as if weights had not been moved.
-
-    The weights that are trained stay in the box of which the levels are the walls
-    (Courbariaux, Bengio and David, BinaryConnect, 2015).
-    """
-
-    def __init__(self, levels: str, volume: Callable):
-        self._quantize = functools.partial(QUANTIZERS[levels], volume=volume)
-
-    def init(self, params: Any) -> Any:
-        """What is trained."""
-        return params
-
-    def __call__(self, params: Any) -> Any:
-        """What the network runs on."""
-        return jax.tree.map(_straight_through, self._quantize(params), params)
-
-
-def _clipped(h, direction, rate):
-    return optax.chain(direction, rate, wr.volumize(_he(h), 0.0))
-
-
 _VOLUMES = {"v": (0.02, 2.0), "one_minus_alpha": (1e-4, 1.0)}
-METHODS: dict[str, Method] = {
-    "none": Method("none", lambda h, direction, rate: optax.chain(direction, rate)),
+# Li, Chen and Yang, section 5.1; the numbers of shifted L2 are those of its authors.
+_RECIPE = {"learning_rate": 0.1, "strength": 1e-4}
+_SHIFTED = {**_RECIPE, "epsilon": 1e-3}
+
+
+def _quantized(levels: str) -> Method:
+    """Weights are led to the walls of a box, and come out there."""
+    return Method(
+        levels,
+        optimizers.boxed(optimizers.he),
+        _VOLUMES,
+        volume=optimizers.he,
+        levels=levels,
+    )
+
+
+def _quantized_paper(levels: str) -> Method:
+    """Ziyin et al., section 5.4."""
+    return Method(
+        f"{levels}, as in the paper",
+        optimizers.boxed(optimizers.same),
+        fixed={"learning_rate": 2e-4, "V": 0.1, "one_minus_alpha": 0.05},
+        fixed_for="adam",
+        volume=optimizers.same,
+        levels=levels,
+    )
+
+
+def _straight_through(levels: str) -> Method:
+    """Weights are quantized in every step."""
+    return Method(
+        f"{levels}, straight-through",
+        optimizers.clipped,
+        {"v": _VOLUMES["v"]},
+        volume=optimizers.he,
+        norm=lambda h: optimizers.StraightThrough(levels, optimizers.he(h)),
+        normed=False,
+        levels=levels,
+        on_the_way=False,
+    )
+
+
+def _box(volume: float, alpha: float) -> Method:
+    """Ziyin et al., Figure 10."""
+    return Method(
+        f"V {volume:g}, alpha {alpha:g}",
+        optimizers.boxed(optimizers.same),
+        fixed={"learning_rate": 1e-3, "V": volume, "one_minus_alpha": 1 - alpha},
+        fixed_for="adam",
+        volume=optimizers.same,
+    )
+
+
+def _enc(label: str, scope: str = "unit", center: bool = True, **norm: Any) -> Method:
+    """An equivalent norm at the paper's settings."""
+    optimizer = optimizers.shifted_l2(scope, center)
+    mapped = wr.equivalent_norm(scope, center, **norm)
+    return Method(label, optimizer, fixed=_SHIFTED, norm=lambda h: mapped)
+
+
+def _l2(strength: float) -> Method:
+    """A weight decay that is not tuned."""
+    fixed = {"learning_rate": 0.1, "strength": strength}
+    return Method(f"L2 {strength:g}", optimizers.l2, fixed=fixed)
+
+
+METHODS: Mapping[str, Method] = {
+    "none": Method("none", optimizers.plain),
     "weight_decay": Method(
         "weight decay (AdamW)",
-        lambda h, direction, rate: optax.chain(
-            direction,
-            optax.add_decayed_weights(h["strength"], mask=wr.weight_mask),
-            rate,
-        ),
+        optimizers.decoupled_decay,
         {"strength": (1e-2, 1e2)},
     ),
-    "l2": Method("weight decay (L2)", _l2, {"strength": (1e-5, 1e-1)}),
+    "l2": Method("weight decay (L2)", optimizers.l2, {"strength": (1e-5, 1e-1)}),
     "volumization": Method(
         "volumization",
-        _boxed(_he),
+        optimizers.boxed(optimizers.he),
         _VOLUMES,
-        volume=_he,
+        volume=optimizers.he,
     ),
     "weissi": Method(
         "WEISSI",
-        _weissi,
+        optimizers.weissi(),
         {"energy": (1e-2, 1e2), "complexity": (1e-6, 1e-2)},
         # The logarithm leaves out layers that begin at 0, as the product could not.
         log_size=wr.weissi(1.0, 0.0, log=True),
     ),
     "weissi_cnn": Method(  # the paper's for deep convolutional networks
         "WEISSI (CNN)",
-        _weissi_cnn,
+        optimizers.weissi(exponents=wr.cnn_exponents),
         {"energy": (1e-2, 1e2), "complexity": (1e-6, 1e-2)},
         log_size=wr.weissi(1.0, 0.0, log=True, exponents=wr.cnn_exponents),
     ),
     "weissi_log": Method(
         "WEISSI (logarithm)",
-        _weissi_log,
+        optimizers.weissi(log=True),
         {"energy": (1e-5, 1e-1), "complexity": (1e-6, 1e-2)},
     ),
-    "parseval": Method(
-        "Parseval",
-        _parseval,
-        {"beta": (1e-5, 1e-1)},
-    ),
+    "parseval": Method("Parseval", optimizers.parseval, {"beta": (1e-5, 1e-1)}),
     # Liu et al., appendix B.1 and Table 5. Their weight decay is the sum of squares,
     # whose gradient is twice the weight.
     "l2_paper": Method(
         "weight decay, as in the paper",
-        _l2,
+        optimizers.l2,
         fixed={"learning_rate": 0.1, "strength": 2e-4},
     ),
     "weissi_paper": Method(
         "WEISSI, as in the paper",
-        _weissi,
+        optimizers.weissi(),
         fixed={"learning_rate": 0.1, "energy": 1e-6, "complexity": 1e-5},
     ),
-}
-for _levels in QUANTIZERS:
-    METHODS[_levels] = Method(
-        _levels, _boxed(_he), _VOLUMES, volume=_he, levels=_levels
-    )
-    METHODS[f"{_levels}_ste"] = Method(
-        f"{_levels}, straight-through",
-        _clipped,
-        {"v": _VOLUMES["v"]},
-        volume=_he,
-        norm=functools.partial(
-            lambda levels, h: StraightThrough(levels, _he(h)), _levels
+    "binary": _quantized("binary"),
+    "binary_ste": _straight_through("binary"),
+    "binary_paper": _quantized_paper("binary"),
+    "ternary": _quantized("ternary"),
+    "ternary_ste": _straight_through("ternary"),
+    "ternary_paper": _quantized_paper("ternary"),
+    "volumization_paper": Method(  # Ziyin et al., Table 3
+        "volumization (0.25, 0.5)",
+        optimizers.boxed(optimizers.he),
+        fixed={"learning_rate": 2e-4, "v": 0.25, "one_minus_alpha": 0.5},
+        fixed_for="adam",
+        volume=optimizers.he,
+    ),
+    "box_1.2_0.99": _box(1.2, 0.99),
+    "box_0.9_0.99": _box(0.9, 0.99),
+    "box_0.6_0.99": _box(0.6, 0.99),
+    "box_0.3_0.99": _box(0.3, 0.99),
+    "box_1.2_0.9999": _box(1.2, 0.9999),
+    "box_0.9_0.9999": _box(0.9, 0.9999),
+    "box_0.6_0.9999": _box(0.6, 0.9999),
+    "box_0.3_0.9999": _box(0.3, 0.9999),
+    "enc": Method(
+        "ENC",
+        optimizers.shifted_l2(),
+        {"strength": (1e-5, 1e-1), "epsilon": (1e-4, 1e-1)},
+        norm=lambda h: wr.equivalent_norm(),
+    ),
+    "enc_eq20": _enc("ENC, eq. 20", "layer", center=False),
+    "enc_eq21": _enc("ENC, eq. 21", "unit", center=False),
+    "enc_eq22": _enc("ENC, eq. 22", "unit", center=True),
+    "enc_eq23": _enc("ENC, eq. 23", "layer", center=True),
+    "enc_alpha0.5": _enc("ENC, alpha 0.5", alpha=0.5),
+    "enc_alpha2": _enc("ENC, alpha 2", alpha=2.0),
+    "enc_learnt": _enc("ENC, alpha learnt", learn=True),
+    "l2_0": _l2(0.0),
+    "l2_0.0001": _l2(1e-4),
+    "l2_0.001": _l2(1e-3),
+    "l2_0.01": _l2(1e-2),
+    "l2_0.1": _l2(1e-1),
+    "wn": Method(  # every unit of norm 1
+        "weight normalization",
+        optimizers.l2,
+        fixed=_RECIPE,
+        norm=lambda h: optimizers.Rescaled(
+            False, lambda layer: layer.fan_out // layer.window
         ),
-        normed=False,
-        levels=_levels,
-        on_the_way=False,
-    )
-    # Ziyin et al., section 5.4.
-    METHODS[f"{_levels}_paper"] = Method(
-        f"{_levels}, as in the paper",
-        _boxed(_same),
-        fixed={"learning_rate": 2e-4, "V": 0.1, "one_minus_alpha": 0.05},
-        fixed_for="adam",
-        volume=_same,
-        levels=_levels,
-    )
-# Ziyin et al., Table 3, and Figure 10.
-METHODS["volumization_paper"] = Method(
-    "volumization (0.25, 0.5)",
-    _boxed(_he),
-    fixed={"learning_rate": 2e-4, "v": 0.25, "one_minus_alpha": 0.5},
-    fixed_for="adam",
-    volume=_he,
-)
-METHODS |= {
-    f"box_{volume:g}_{alpha:g}": Method(
-        f"V {volume:g}, alpha {alpha:g}",
-        _boxed(_same),
-        fixed={"learning_rate": 1e-3, "V": volume, "one_minus_alpha": 1 - alpha},
-        fixed_for="adam",
-        volume=_same,
-    )
-    for alpha in (0.99, 0.9999)
-    for volume in (1.2, 0.9, 0.6, 0.3)
+    ),
+    "ws": Method(  # every unit of standard deviation 1
+        "weight standardization",
+        optimizers.l2,
+        fixed=_RECIPE,
+        norm=lambda h: optimizers.Rescaled(True, lambda layer: math.prod(layer.shape)),
+    ),
 }
-# Li, Chen and Yang, section 5.1; the numbers of shifted L2 are those of its authors.
-_RECIPE = {"learning_rate": 0.1, "strength": 1e-4}
-_SHIFTED = {**_RECIPE, "epsilon": 1e-3}
-# Equations 20 to 23: scope, and whether means are taken away.
-_FORMS = {
-    20: ("layer", False),
-    21: ("unit", False),
-    22: ("unit", True),
-    23: ("layer", True),
-}
-
-
-def _enc(label: str, scope: str = "unit", center: bool = True, **norm: Any) -> Method:
-    """An equivalent norm at the paper's settings."""
-    optimizer = _shifted_l2(scope, center)
-    mapped = wr.equivalent_norm(scope, center, **norm)
-    return Method(label, optimizer, fixed=_SHIFTED, norm=lambda h: mapped)
-
-
-METHODS["enc"] = Method(
-    "ENC",
-    _shifted_l2("unit", True),
-    {"strength": (1e-5, 1e-1), "epsilon": (1e-4, 1e-1)},
-    norm=lambda h: wr.equivalent_norm(),
-)
-METHODS |= {
-    f"enc_eq{number}": _enc(f"ENC, eq. {number}", *form)
-    for number, form in _FORMS.items()
-}
-METHODS |= {
-    f"enc_alpha{alpha:g}": _enc(f"ENC, alpha {alpha:g}", alpha=alpha)
-    for alpha in (0.5, 2.0)
-}
-METHODS["enc_learnt"] = _enc("ENC, alpha learnt", learn=True)
-METHODS |= {
-    f"l2_{strength:g}": Method(
-        f"L2 {strength:g}", _l2, fixed={"learning_rate": 0.1, "strength": strength}
-    )
-    for strength in (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-}
-# Every unit of norm 1 (WN), or of standard deviation 1 (WS).
-METHODS["wn"] = Method(
-    "weight normalization",
-    _l2,
-    fixed=_RECIPE,
-    norm=lambda h: Rescaled(False, lambda layer: layer.fan_out // layer.window),
-)
-METHODS["ws"] = Method(
-    "weight standardization",
-    _l2,
-    fixed=_RECIPE,
-    norm=lambda h: Rescaled(True, lambda layer: math.prod(layer.shape)),
-)
 
 
 def trials(space: Space, count: int, seed: int = 0) -> list[dict[str, float]]:

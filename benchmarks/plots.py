@@ -12,13 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks import models
+from benchmarks.data import DATASETS
 from benchmarks.record import write
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 COLOURS += ("#56B4E9", "#F0E442", "#882255", "#999999")  # and two more
-NAMES = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
 
 
 def draw(result: dict, out: pathlib.Path) -> list[pathlib.Path]:
@@ -169,7 +168,7 @@ def dataset(result: dict) -> str:
     """The data set as it was: JPEG costs detail."""
     name = result["settings"]["dataset"]
     jpeg = " (as JPEG)" * ("JPEG" in result["data"]["source"])
-    return f"{NAMES.get(name, name)}{jpeg}"
+    return (DATASETS[name].title if name in DATASETS else name) + jpeg
 
 
 def title(result: dict) -> str:
@@ -178,7 +177,8 @@ def title(result: dict) -> str:
     words = [dataset(result)]
     if s["noise"] or not result.get("experiment"):
         words.append(f"{s['noise']:.0%} of training labels wrong")
-    if s["model"] != models.DEFAULT.get(s["dataset"]):
+    known = DATASETS.get(s["dataset"])
+    if known is None or s["model"] != known.model:
         words.append(s["model"])
     words += s.get("augment") or []
     if s["adversarial"]:

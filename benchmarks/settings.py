@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -12,30 +13,36 @@ import optax
 from benchmarks import data as data_module
 from benchmarks import models, robustness
 from benchmarks.augment import AUGMENTATIONS
-from benchmarks.data import Dataset
+from benchmarks.data import DATASETS, Dataset
 from benchmarks.methods import BASES, METHODS
-from benchmarks.train import (
-    Training,
-)
+from benchmarks.train import MAPPINGS, Training
 
-# Two draws of the noise to tune on, since held-out labels are noisy too. Digits are
-# few: small batches. Cifar10's radius is the usual 8/255.
-DEFAULTS = {
-    "digits": {"epochs": 80, "batch": 32, "tuning_seeds": 2, "epsilon": 0.1},
-    "mnist": {"epochs": 20, "batch": 128, "tuning_seeds": 2, "epsilon": 0.1},
-    "cifar10": {"epochs": 20, "batch": 128, "tuning_seeds": 2, "epsilon": 8 / 255},
-}
+# What a data set has a default of its own for.
+DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon")
 
 # Where the learning rate is divided by ten, in shares of all steps.
 DROPS = {"constant": (), "steps": (0.3, 0.6, 0.9)}
 
-COUNTS = ("seeds", "epochs", "batch", "trials", "tuning_seeds", "examples", "attacked")
+# Whole numbers, and the least of each. A start of PGD alone says little.
+COUNTS = {
+    "seeds": 1,
+    "epochs": 1,
+    "batch": 1,
+    "examples": 1,
+    "trials": 1,
+    "tuning_seeds": 1,
+    "attacked": 1,
+    "attack_steps": 1,
+    "restarts": 2,
+    "sensitivity": 0,
+}
+RADII = ("epsilon", "adversarial")  # of balls around inputs
 CHOICES = {
     "model": models.MODELS,
     "optimizer": BASES,
     "schedule": DROPS,
     "tune_for": ("accuracy", "fgsm"),
-    "mapping": ("devices", "vmap"),
+    "mapping": MAPPINGS,
 }
 LISTS = ("augment", "methods", "deploy")  # settings that are several
 
@@ -71,20 +78,17 @@ class Settings:
     @classmethod
     def of(cls, dataset: str, **given: Any) -> "Settings":
         """Settings with a data set's defaults for all that is not given or None."""
-        if dataset not in DEFAULTS:
+        if dataset not in DATASETS:
             raise ValueError(
-                f"dataset must be among {', '.join(DEFAULTS)}, not {dataset!r}."
+                f"dataset must be among {', '.join(DATASETS)}, not {dataset!r}."
             )
         known = {name: value for name, value in given.items() if value is not None}
-        default: dict[str, Any] = {"model": models.DEFAULT[dataset]}
-        default |= DEFAULTS[dataset]
+        default = {name: getattr(DATASETS[dataset], name) for name in DEFAULTS}
         return cls(dataset=dataset, **(default | known))
 
     def __post_init__(self):
         """Refuses what cannot be run."""
-        for name in COUNTS:
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, but is {count}.")
+        self._check_numbers()
         for name, known in CHOICES.items():
             if getattr(self, name) not in list(known):
                 raise ValueError(
@@ -114,24 +118,36 @@ class Settings:
             raise ValueError(
                 f"methods must be one or more, named once each, not {self.methods}."
             )
+
+    def _check_numbers(self) -> None:
+        """Refuses numbers out of range, such as NaN, which is in none."""
+        for name, least in COUNTS.items():
+            count = getattr(self, name)
+            if name == "examples" and count is None:  # all of them
+                continue
+            if not (isinstance(count, int) and count >= least):
+                raise ValueError(
+                    f"{name} must be at least {least} and a whole number, but is "
+                    f"{count}."
+                )
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must be in [0, 1], but is {self.noise}.")
-        for name in ("epsilon", "adversarial", "sensitivity"):
-            if not getattr(self, name) >= 0:
+        for name in RADII:
+            radius = getattr(self, name)
+            if not 0 <= radius < math.inf:
                 raise ValueError(
-                    f"{name} must be at least 0, but is {getattr(self, name)}."
+                    f"{name} must be at least 0 and finite, but is {radius}."
                 )
-        self.attacks()
 
     def _check_methods(self) -> None:
         """Refuses methods that this network or optimizer would put at a loss."""
-        normed = isinstance(models.make(self.model, 1), models.NORMED)
+        normalized = [n for n, model in models.MODELS.items() if model.normalized]
         for name in self.methods:
             method = METHODS[name]
-            if method.norm and method.normed and not normed:
+            if method.norm and method.normed and self.model not in normalized:
                 raise ValueError(
                     f"methods has {name}, which needs a normalization after every "
-                    f"layer: model must be mlp_norm, resnet_norm or such, not "
+                    f"layer: model must be among {', '.join(normalized)}, not "
                     f"{self.model}."
                 )
             if method.fixed and self.optimizer != method.fixed_for:
@@ -189,6 +205,7 @@ class Settings:
         optimizer = functools.partial(
             chosen.build,
             base=self.optimizer,
+            output=models.MODELS[self.model].output,
             shrink=self._shrink(data),
             epoch=self._steps(data),
         )

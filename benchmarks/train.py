@@ -15,13 +15,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import weightreg as wr
 from benchmarks import models
 from benchmarks.augment import augment
-from benchmarks.methods import Hyperparameters
+from benchmarks.optimizers import Hyperparameters
 
 ADVERSARY_STEPS = 3  # of PGD in every step of adversarial training
 # What the sensitivity of is measured; the authors of GBR do not say.
 SENSITIVE = ("logits", "probabilities", "label probability")
 STATISTICS_BATCHES = 40  # after which all but 1.5 % of a batch normalization's are new
 PROBES = 2  # random projections an example, where there are several outputs
+# How the runs of one device are mapped.
+MAPPINGS = {
+    "devices": jax.lax.map,
+    "vmap": lambda one, rows: jax.vmap(one)(rows),
+}
 
 
 class Arrays(NamedTuple):
@@ -152,9 +157,10 @@ class Population:
     Args:
       training: What the runs share.
       arrays: Inputs for training and evaluation.
-      mapping: ``"vmap"``, good on accelerators, or ``"devices"``: one run after the
-        other on each device. On CPU cores the latter is faster, and its results are
-        those of a run alone, bit for bit.
+      mapping: How the runs of a device are mapped, which are spread over all there
+        are: ``"vmap"``, all at once, good on accelerators, or ``"devices"``, one after
+        the other. On CPU cores the latter is faster, and its results are those of a run
+        alone, bit for bit.
     """
 
     def __init__(self, training: Training, arrays: Arrays, mapping: str):
@@ -170,7 +176,11 @@ class Population:
                 f"sensitivity must be at most {arrays.x_train.shape[0]}, the number of "
                 f"training examples, but is {training.sensitivity}."
             )
-        self._devices = jax.device_count() if mapping == "devices" else 1
+        if mapping not in MAPPINGS:
+            raise ValueError(
+                f"mapping must be among {', '.join(MAPPINGS)}, not {mapping!r}."
+            )
+        self._mesh = Mesh(np.array(jax.devices()), ("runs",))
         self._start = self._mapped(self._start_one, mapping)
         self._epoch = self._mapped(self._epoch_one, mapping, donate=True)
 
@@ -258,34 +268,26 @@ class Population:
         )
 
     def _mapped(self, one, mapping: str, donate: bool = False):
-        donated = (0,) if donate else ()
-        if mapping == "vmap":
-            many = jax.vmap(one, in_axes=(0, 0, 0, None))
-            return jax.jit(many, donate_argnums=donated)
-        if mapping != "devices":
-            raise ValueError(f"mapping must be 'vmap' or 'devices', not {mapping!r}.")
+        """A program for all runs, each device with as many of them."""
         runs, shared = PartitionSpec("runs"), PartitionSpec()
 
         def many(*args):
-            *mapped, arrays = args
-            return jax.lax.map(lambda row: one(*row, arrays), tuple(mapped))
+            *rows, arrays = args
+            return MAPPINGS[mapping](lambda row: one(*row, arrays), tuple(rows))
 
         sharded = jax.shard_map(
             many,
-            mesh=self._mesh(),
+            mesh=self._mesh,
             in_specs=(runs, runs, runs, shared),
             out_specs=runs,
             check_vma=False,  # runs never talk to each other
         )
-        return jax.jit(sharded, donate_argnums=donated)
-
-    def _mesh(self) -> Mesh:
-        return Mesh(np.array(jax.devices()[: self._devices]), ("runs",))
+        return jax.jit(sharded, donate_argnums=(0,) if donate else ())
 
     def _spread(self, rows: Any) -> Any:
         """Puts rows of runs on the devices, the last run again to fill them up."""
-        missing = -self._runs % self._devices
-        sharding = NamedSharding(self._mesh(), PartitionSpec("runs"))
+        missing = -self._runs % self._mesh.size
+        sharding = NamedSharding(self._mesh, PartitionSpec("runs"))
 
         def place(x):
             filled = np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])

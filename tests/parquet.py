@@ -5,11 +5,16 @@ import io
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 
-def encoded(image, kind):
+def encoded(image, kind="PNG"):
+    """A cell of a column of images, from an array or from a Pillow image."""
+    if isinstance(image, np.ndarray):
+        image = PIL.Image.fromarray(image)
     buffer = io.BytesIO()
-    PIL.Image.fromarray(image).save(buffer, kind)
+    image.save(buffer, kind)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -29,3 +34,20 @@ def write_parquet(folder, column, shape, sizes, kind="PNG"):
         table.to_parquet(folder / f"{split}.parquet")
         written.append((x, y))
     return written
+
+
+def replace_column(path, column, values):
+    """Writes a file again with other values in a column, or without it if None."""
+    table = pq.read_table(path)
+    place = table.column_names.index(column)
+    table = table.remove_column(place)
+    if values is not None:
+        table = table.add_column(place, column, pa.array(values))
+    pq.write_table(table.replace_schema_metadata(), path)
+
+
+def replace_cell(path, column, row, value):
+    """Writes a file again with another value in one row of a column."""
+    values = pq.read_table(path)[column].to_pylist()
+    values[row] = value
+    replace_column(path, column, values)

@@ -27,13 +27,13 @@ class ConvexSum(nn.Module):
     .. math::
       a h + (1 - a) r, \qquad a = \mathrm{softmax}(l)_1
 
-    as `weightreg.convex_sum`, with the parameter ``convex_logits`` for :math:`l`, two
-    numbers, which `weightreg.weight_mask` never takes for a weight.
+    The parameter ``convex_logits`` holds :math:`l`, two numbers, and is never taken for
+    a weight by `weightreg.weight_mask`. See `weightreg.convex_sum` for the function.
 
     Attributes:
-      initial: ``a`` at the start, between 0 and 1.
-      dtype: Dtype of the result; by default what ``h``, ``residual`` and the
-        parameter promote to, as in Flax's layers.
+      initial: The value of ``a`` at the start, between 0 and 1.
+      dtype: Dtype of the result. By default ``h``, ``residual`` and the parameter are
+        promoted to one, which is what Flax's layers do.
       param_dtype: Dtype of the parameter.
 
     Raises:
@@ -68,7 +68,7 @@ class ConvexSum(nn.Module):
             "convex_logits", lambda _: initial_logits(self.initial, self.param_dtype)
         )
         dtype = canonicalize_dtype(h, residual, logits, dtype=self.dtype)
-        # Not the logits, which in 16 bits would round to a few balances.
+        # The logits are not cast, for in 16 bits they would round to a few balances.
         return convex_sum(jnp.asarray(h, dtype), jnp.asarray(residual, dtype), logits)
 
 
@@ -76,11 +76,10 @@ class EquivalentNorm(nn.Module):
     r"""Runs a module on weights that `weightreg.equivalent_norm` maps to one norm.
 
     The map is part of the forward pass, so that gradients flow through it to the
-    weights that are stored. Those are the module's, initialized as without the map,
-    under ``module`` (or, as ever in Flax, where it was made, if that was inside of
-    another module); a learnt alpha adds the parameter ``log_alpha``. While it is
-    initialized the module runs on its weights as they are. Only ``__call__`` is
-    wrapped: for another method, apply ``module`` to what ``fold`` returns.
+    weights that are stored. Those are the module's, under ``module`` (or where it was
+    made, if that was inside of another module), and are initialized without the map. A
+    learnt alpha adds the parameter ``log_alpha``. Only ``__call__`` is wrapped: for
+    another method, apply ``module`` to what ``fold`` returns.
 
     Attributes:
       module: A layer or a whole network.
@@ -89,7 +88,8 @@ class EquivalentNorm(nn.Module):
 
     Raises:
       TypeError: ``module`` or ``norm`` is something else.
-      ValueError: As the map does, on a call.
+      ValueError: On a call, ``mask`` or ``dims`` of the map does not match the
+        parameters, or a weight cannot be centred.
 
     References:
       Li, Chen, Yang, Generalization Bound Regularizer, eqs. 19 to 23.
@@ -140,8 +140,7 @@ class EquivalentNorm(nn.Module):
         """The variables with which ``module`` by itself does what this one does.
 
         Args:
-          variables: All of this module's, when it is the outermost one: parameters,
-            and batch statistics if there are.
+          variables: All of this module's variables, with this as the outermost module.
 
         Raises:
           ValueError: They are not this module's.
@@ -165,16 +164,16 @@ def unpack_layers(
 ) -> Any:
     """Lets a network run on what `weightreg.pack` made of it, layer by layer.
 
-    An interceptor for ``flax.linen.intercept_methods``: every layer's weights are
-    unpacked when its inputs are known, so that inside of ``jax.jit`` the call holds the
-    weights of one layer at a time. The result is that of
+    This is an interceptor for ``flax.linen.intercept_methods``. It unpacks the weights
+    of a layer when the inputs are known, so that inside of ``jax.jit`` the call holds
+    those of one layer at a time. The result is that of
     ``model.apply({"params": weightreg.unpack(packed)}, x)``.
 
-    It is for inference: parameters are read only. Layers of ``nn.scan``, along axis 0
-    of the parameters, have to be packed with ``dims``, so that each has bits of its
-    own. Layers that make their parameters in ``setup``, as ``nn.Embed`` does, read them
-    before there is an input, and ``nn.WeightNorm`` reads those of another layer: leave
-    them out with the ``mask`` of `weightreg.pack`, or unpack them before.
+    It is for inference, where parameters are read only. Layers of ``nn.scan``, along
+    axis 0 of the parameters, have to be packed with ``dims``, so that each has bits of
+    its own. Layers that make their parameters in ``setup``, such as ``nn.Embed``, read
+    them before there is an input, and ``nn.WeightNorm`` reads those of another layer:
+    leave them out with the ``mask`` of `weightreg.pack`, or unpack them before.
     ``capture_intermediates`` finds every packed layer twice.
 
     Raises:
@@ -198,14 +197,14 @@ def unpack_layers(
     """
     own = context.module.variables.get("params", {})
     packed = [name for name, value in own.items() if is_packed(value)]
-    # Functions that lifted transformations call have no names among the methods.
+    # The functions that lifted transformations call are not named among the methods.
     if not packed or not hasattr(context.module, context.method_name):
         return next_fun(*args, **kwargs)
     if context.method_name == "setup":
         path = "/".join(context.module.path)
         raise ValueError(
             f"{type(context.module).__name__} at {path!r} makes packed parameters "
-            f"({', '.join(packed)}) in setup, before its input is known: leave them "
+            f"({', '.join(packed)}) in setup, before its input is known. Leave them "
             "out with the mask of weightreg.pack, or unpack them before."
         )
     inputs = [x for x in jax.tree.leaves((args, kwargs)) if is_real(x)]

@@ -23,13 +23,13 @@ class ConvexSum(nnx.Module):
     .. math::
       a h + (1 - a) r, \qquad a = \mathrm{softmax}(l)_1
 
-    as `weightreg.convex_sum`, with the parameter ``convex_logits`` for :math:`l`, two
-    numbers, which `weightreg.weight_mask` never takes for a weight.
+    The parameter ``convex_logits`` holds :math:`l`, two numbers, and is never taken for
+    a weight by `weightreg.weight_mask`. See `weightreg.convex_sum` for the function.
 
     Args:
-      initial: ``a`` at the start, between 0 and 1.
-      dtype: Dtype of the result; by default what ``h``, ``residual`` and the
-        parameter promote to, as in Flax's layers.
+      initial: The value of ``a`` at the start, between 0 and 1.
+      dtype: Dtype of the result. By default ``h``, ``residual`` and the parameter are
+        promoted to one, which is what Flax's layers do.
       param_dtype: Dtype of the parameter.
 
     Raises:
@@ -65,7 +65,7 @@ class ConvexSum(nnx.Module):
         """The sum of two branches of one shape; the weight of ``h`` is ``a``."""
         logits = self.convex_logits[...]
         dtype = canonicalize_dtype(h, residual, logits, dtype=self.dtype)
-        # Not the logits, which in 16 bits would round to a few balances.
+        # The logits are not cast, for in 16 bits they would round to a few balances.
         return convex_sum(jnp.asarray(h, dtype), jnp.asarray(residual, dtype), logits)
 
 
@@ -75,7 +75,7 @@ class EquivalentNorm(nnx.Module):
     Each call runs a copy of the module that has the mapped weights, and brings back
     what the call changed other than parameters: batch statistics, counts of random
     numbers. The stored parameters are never written, so that
-    ``nnx.state(model, nnx.Param)`` is what the optimizer trains; a learnt alpha adds
+    ``nnx.state(model, nnx.Param)`` is what the optimizer trains. A learnt alpha adds
     ``log_alpha`` to it. Only ``__call__`` is wrapped: for another method, call it on
     ``fold()``.
 
@@ -86,7 +86,8 @@ class EquivalentNorm(nnx.Module):
 
     Raises:
       TypeError: ``module`` or ``norm`` is something else.
-      ValueError: As the map does, on a call.
+      ValueError: On a call, ``mask`` or ``dims`` of the map does not match the
+        parameters, or a weight cannot be centred.
 
     References:
       Li, Chen, Yang, Generalization Bound Regularizer, eqs. 19 to 23. Flax's own
@@ -130,5 +131,6 @@ class EquivalentNorm(nnx.Module):
 
 
 def _not_trained(module: nnx.Module) -> dict[Any, Any]:
+    """What a module holds other than parameters, by path."""
     state = nnx.state(module, nnx.Not(nnx.Param))
     return dict(jax.tree_util.tree_leaves_with_path(state))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import quick
 
-from benchmarks import compare, data, models, train
+from benchmarks import compare, data, models, networks, train
 from benchmarks.methods import METHODS
 from benchmarks.settings import Settings
 
@@ -96,8 +96,9 @@ def test_final_runs_train_on_noisy_labels_and_are_tested_on_true_ones(
 
 
 def test_ranges_of_energy_go_by_the_size_of_the_product(digits, monkeypatch):
-    small = models.ResNet(10, blocks=1)
-    monkeypatch.setitem(models.MODELS, "resnet", lambda classes: small)
+    small = networks.ResNet(10, blocks=1)
+    entry = dataclasses.replace(models.MODELS["resnet"], make=lambda classes: small)
+    monkeypatch.setitem(models.MODELS, "resnet", entry)
     images = dataclasses.replace(digits, x_train=digits.x_train[:1].reshape(1, 8, 8))
     config = Settings.of("digits", model="resnet")
     variables, _ = train.initialize(small, compare.TUNING_SEED, images.x_train)

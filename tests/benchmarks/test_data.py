@@ -40,11 +40,27 @@ def test_split_is_a_partition_of_the_training_set(digits):
     assert len(train_part) == len(both) * 4 // 5
 
 
+def test_digits_are_what_the_entry_says(digits):
+    info = data.DATASETS["digits"]
+    for x, y in ((digits.x_train, digits.y_train), (digits.x_test, digits.y_test)):
+        assert x.shape[1:] == info.shape and len(x) == len(y)
+        assert x.min() == 0 and x.max() == 1
+        assert set(y) == set(range(info.classes))
+    assert digits.classes == info.classes
+
+
+def test_data_sets_are_known_by_name():
+    message = "dataset must be one of digits, mnist, cifar10, not 'svhn'"
+    with pytest.raises(ValueError, match=message):
+        data.load("svhn")
+
+
 @pytest.mark.parametrize(
     ("name", "column", "shape"),
     [("mnist", "image", (28, 28)), ("cifar10", "img", (32, 32, 3))],
 )
 def test_parquet_files_are_read(name, column, shape, tmp_path):
+    assert data.DATASETS[name].shape == shape
     written = write_parquet(tmp_path / name, column, shape, (7, 3))
     got = data.load(name, str(tmp_path))
     assert "JPEG" not in got.source

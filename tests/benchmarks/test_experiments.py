@@ -8,7 +8,7 @@ import pytest
 from parquet import write_parquet
 
 import benchmarks.__main__ as cli
-from benchmarks import compare, models, report, train
+from benchmarks import compare, models, networks, report, train
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.settings import Settings
 
@@ -62,8 +62,14 @@ def test_an_experiment_from_end_to_end(tmp_path, monkeypatch, capsys):
 def test_a_table_of_sensitivity_from_end_to_end(tmp_path, monkeypatch):
     """On images as JPEG, which no title may hide."""
     write_parquet(tmp_path / "cifar10", "img", (32, 32, 3), (100, 30), "JPEG")
-    tiny = models.NormMLP((8,), 10)
-    monkeypatch.setitem(models.MODELS, "tiny", lambda classes: tiny)
+    tiny = networks.NormMLP((8,), 10)
+    monkeypatch.setitem(
+        models.MODELS,
+        "tiny",
+        models.Model(
+            make=lambda classes: tiny, output="Dense_1/kernel", normalized=True
+        ),
+    )
     small = {"model": "tiny", "epochs": 2, "seeds": 2, "batch": 20, "attacked": 10}
     small |= {"restarts": 2, "attack_steps": 2, "sensitivity": 20, "examples": 60}
     small |= {"methods": ("enc_learnt",)}

@@ -1,11 +1,15 @@
 """Settings of a comparison, and which are refused."""
 
+import dataclasses
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import data
-from benchmarks.settings import Settings
+from benchmarks.data import DATASETS
+from benchmarks.settings import COUNTS, RADII, Settings
 
 
 @pytest.mark.parametrize(
@@ -33,11 +37,33 @@ from benchmarks.settings import Settings
         ({"methods": ("binary",), "deploy": ("binary",)}, "begin with .* float32"),
         ({"examples": 0}, "examples must be at least 1"),
         ({"restarts": 1}, "restarts must be at least 2"),
+        ({"attack_steps": 0}, "attack_steps must be at least 1"),
+        *(
+            ({name: number}, f"{name} must be .* but is {number}")
+            for name in (*COUNTS, *RADII, "noise")
+            for number in (math.nan, math.inf, -1)
+        ),
+        *(({name: 2.5}, f"{name} must be .* whole number.* 2.5") for name in COUNTS),
     ],
 )
 def test_settings_that_cannot_be_run_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         Settings.of(**({"dataset": "digits"} | given))
+
+
+def test_every_number_is_checked():
+    fields = {field.name: field.type for field in dataclasses.fields(Settings)}
+    numbers = {name for name, kind in fields.items() if kind in (int, float)}
+    assert {*numbers, "examples"} == {*COUNTS, *RADII, "noise"}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_what_is_not_given_is_the_data_sets_own(name):
+    settings, info = Settings.of(name, batch=7), DATASETS[name]
+    assert (settings.model, settings.epochs) == (info.model, info.epochs)
+    assert settings.tuning_seeds == info.tuning_seeds
+    assert settings.epsilon == info.epsilon
+    assert settings.batch == 7
 
 
 def test_the_learning_rate_is_lowered_three_times(digits):

@@ -12,29 +12,36 @@ import pytest
 import quick
 
 import weightreg as wr
-from benchmarks import models, train
+from benchmarks import models, networks, train
 from benchmarks.methods import METHODS
 from benchmarks.settings import Settings
 
+OUTPUT = "Dense_1/kernel"  # of the small networks here
 
-def population(mapping, seeds, hyper, data, method="volumization", **kwargs):
+
+def population(mapping, seeds, hyper, data, method=METHODS["volumization"], **kwargs):
     """Parameters and curves of a few runs on 100 digits."""
-    arrays = train.Arrays(jnp.asarray(data.x_train[:100]), jnp.asarray(data.x_test))
-    labels = train.Labels(
-        jnp.tile(data.y_train[:100], (len(seeds), 1)),
-        jnp.tile(data.y_test, (len(seeds), 1)),
-    )
-    build = functools.partial(METHODS[method].build, base="adam")
-    given = {"model": models.MLP((16,), 10), "classes": 10, "optimizer": build}
-    given |= {"batch": 20} | kwargs
-    runs = train.Population(train.Training(**given), arrays, mapping)
-    progress = runs.start(seeds, hyper, labels)
+    runs, progress = started(mapping, seeds, hyper, data, method, **kwargs)
     rows = []
     for _ in range(3):
         progress, measured = runs.epoch(progress)
         rows.append(measured)
     stacked = jax.tree.map(lambda *epochs: np.stack(epochs, 1), *rows)
     return [n["params"] for n in runs.networks(progress)], stacked
+
+
+def started(mapping, seeds, hyper, data, method=METHODS["volumization"], **kwargs):
+    """A population on 100 digits, and where it starts."""
+    arrays = train.Arrays(jnp.asarray(data.x_train[:100]), jnp.asarray(data.x_test))
+    labels = train.Labels(
+        jnp.tile(data.y_train[:100], (len(seeds), 1)),
+        jnp.tile(data.y_test, (len(seeds), 1)),
+    )
+    build = functools.partial(method.build, base="adam", output=OUTPUT)
+    given = {"model": networks.MLP((16,), 10), "classes": 10, "optimizer": build}
+    given |= {"batch": 20} | kwargs
+    runs = train.Population(train.Training(**given), arrays, mapping)
+    return runs, runs.start(seeds, hyper, labels)
 
 
 HYPER = [
@@ -59,10 +66,38 @@ def test_a_run_does_not_depend_on_the_others(mapping, digits):
             chex.assert_trees_all_close(together[i], alone, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("mapping", train.MAPPINGS)
+def test_runs_are_spread_over_all_devices(mapping, digits):
+    """Nine runs on eight devices, which are filled up to two runs each."""
+    seeds, hyper = list(range(9)), [HYPER[i % 3] for i in range(9)]
+    runs, progress = started(mapping, seeds, hyper, digits)
+    after, measured = runs.epoch(progress)
+    assert len(jax.devices()) == 8
+    for leaf in jax.tree.leaves(after):
+        assert leaf.sharding.device_set == set(jax.devices())
+        assert [len(shard.data) for shard in leaf.addressable_shards] == [2] * 8
+    together = runs.networks(after)
+    assert len(together) == len(measured.accuracy) == 9
+    for i in (0, 8):
+        alone, progress = started(mapping, seeds[i : i + 1], hyper[i : i + 1], digits)
+        progress, measured_alone = alone.epoch(progress)
+        (network,) = alone.networks(progress)
+        chex.assert_trees_all_close(together[i], network, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            measured.accuracy[i], measured_alone.accuracy[0], atol=0.01
+        )
+
+
+def test_mappings_are_known_by_name(digits):
+    message = "mapping must be among devices, vmap, not 'pmap'"
+    with pytest.raises(ValueError, match=message):
+        population("pmap", [0], HYPER[:1], digits)
+
+
 def test_a_run_equals_a_plain_loop(digits):
     """The population is what a user would write by hand, with fixed numbers."""
     (got,), _ = population("devices", [7], [HYPER[0]], digits)
-    model, x, y = models.MLP((16,), 10), digits.x_train[:100], digits.y_train[:100]
+    model, x, y = networks.MLP((16,), 10), digits.x_train[:100], digits.y_train[:100]
     init_key, key = jax.random.split(jax.random.key(7))
     params = model.init(init_key, x[:1])["params"]
     tx = wr.volumized(optax.adam(1e-3), wr.he_volume(0.3), 0.9)
@@ -84,23 +119,22 @@ def test_a_run_equals_a_plain_loop(digits):
     chex.assert_trees_all_close(got, params, rtol=1e-4, atol=1e-6)
 
 
-def test_all_runs_of_a_method_are_one_program(digits, monkeypatch):
+def test_all_runs_of_a_method_are_one_program(digits):
     traced = []
     plain = METHODS["volumization"].optimizer
     spy = dataclasses.replace(
         METHODS["volumization"],
         optimizer=lambda *given: (traced.append(1), plain(*given))[1],
     )
-    monkeypatch.setitem(METHODS, "volumization", spy)
-    population("devices", [3, 4, 5], HYPER, digits)
+    population("devices", [3, 4, 5], HYPER, digits, spy)
     assert len(traced) == 2  # one to start, one for an epoch; three of those ran
 
 
 def test_adversarial_training_is_ordinary_training_on_attacked_examples(digits):
     """The step of a population against the same written by hand."""
     model, build = (
-        models.MLP((16,), 10),
-        functools.partial(METHODS["l2"].build, base="momentum"),
+        networks.MLP((16,), 10),
+        functools.partial(METHODS["l2"].build, base="momentum", output=OUTPUT),
     )
     hyper = {"learning_rate": 0.1, "strength": 1e-3}
     x, y = jnp.asarray(digits.x_train[:20]), jnp.asarray(digits.y_train[:20])
@@ -127,8 +161,8 @@ ENC = {"learning_rate": 0.1, "strength": 1e-2, "epsilon": 0.1}
 def mapped(name, **kwargs):
     """How a network is trained whose weights are mapped."""
     method = METHODS[name]
-    build = functools.partial(method.build, base="momentum")
-    given = {"model": models.NormMLP((16,), 10), "classes": 10, "batch": 20}
+    build = functools.partial(method.build, base="momentum", output=OUTPUT)
+    given = {"model": networks.NormMLP((16,), 10), "classes": 10, "batch": 20}
     return train.Training(**given, optimizer=build, norm=method.norm, **kwargs)
 
 
@@ -190,7 +224,7 @@ def test_networks_are_folded_and_their_sensitivity_measured(mapping, digits):
 def test_behind_normalization_scale_changes_neither_function_nor_gradient(digits):
     """Hence eqs. 20 and 21, weight normalization and no map train alike, but for L2."""
     x, y = jnp.asarray(digits.x_train[:50]), jnp.asarray(digits.y_train[:50])
-    model = models.NormMLP((16,), 10)
+    model = networks.NormMLP((16,), 10)
     variables, _ = train.initialize(model, 0, x[:1])
 
     def loss(params, norm):
@@ -215,7 +249,7 @@ def test_behind_normalization_scale_changes_neither_function_nor_gradient(digits
 
 def test_adversarial_runs_withstand_more(digits):
     hyper = [{"learning_rate": 5e-3}]
-    plain = {"method": "none", "epsilon": 0.1}
+    plain = {"method": METHODS["none"], "epsilon": 0.1}
     _, ordinary = population("devices", [0], hyper, digits, **plain)
     _, hardened = population("devices", [0], hyper, digits, **plain, adversary=0.1)
     assert hardened.attacked[0, -1] > ordinary.attacked[0, -1]

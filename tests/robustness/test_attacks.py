@@ -812,7 +812,7 @@ def errors_of_both():
     yield {"bounds": (0, None)}, TypeError, "bounds must be real numbers, not NoneType"
     yield {"bounds": (0, jnp.ones(4))}, ValueError, r"bounds must .*\(2, 3\).*\(4,\)"
     yield {"bounds": (0, jnp.ones((1, 2, 3)))}, ValueError, r"bounds must .*\(1, 2, 3\)"
-    yield {"norm": "l1"}, ValueError, "norm must be one of 'linf', 'l2', not 'l1'"
+    yield {"norm": "l1"}, ValueError, r"norm must be one of \('linf', 'l2'\), not 'l1'"
     yield {"loss": lambda x, y: jnp.sum(x)}, ValueError, r"loss must .*\(2,\).*\(\)"
     yield {"loss": lambda x, y: x}, ValueError, r"loss must .*\(2,\).*\(2, 3\)"
     yield (

@@ -236,7 +236,7 @@ def test_dtypes(dtype, expected):
             ({"y": jnp.ones(3)},),
             {},
             ValueError,
-            r"args\[0\]\['y'\] has shape \(3,\).* 2 examples",
+            r"args\[0\]\['y'\] must .* 2 examples, but has shape \(3,\)",
         ),
         (
             lambda x, y: x.sum(),

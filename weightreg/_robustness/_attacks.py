@@ -1,15 +1,14 @@
 r"""Adversarial attacks on a loss: FGSM and PGD, in the L-infinity and the L2 norm.
 
-Both are pure functions of arrays that look for an input ``x'`` close to ``x`` on which
-the loss is high:
+Both look for an input ``x'`` close to ``x`` on which the loss is high:
 
 .. math::
-    \max_{x'} \; \ell(x', y) \quad \text{subject to} \quad
+  \max_{x'} \; \ell(x', y) \quad \text{subject to} \quad
     \|x' - x\|_p \le \epsilon, \quad low \le x' \le high .
 
-They need nothing but the loss, so that any model in any framework on JAX can be
-attacked, and they may stand inside ``jax.jit``, ``jax.vmap``, ``jax.lax.scan`` and a
-training step that is differentiated: no gradient flows through them.
+They are pure functions of arrays that need nothing but the loss, so that any model in
+JAX can be attacked. They may stand inside ``jax.jit``, ``jax.vmap``, ``jax.lax.scan``
+and a training step that is differentiated: no gradient flows through them.
 """
 
 import math
@@ -23,7 +22,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from weightreg._core._arguments import check_count
+from weightreg._core._arguments import check_count, compute_dtype, is_real
 
 Loss = Callable[[jax.Array, Any], jax.Array]
 Bounds = tuple[ArrayLike, ArrayLike] | None
@@ -41,23 +40,22 @@ def fgsm(
     r"""The fast gradient sign method: one step of length ``epsilon`` up the loss.
 
     .. math::
-        x' = \text{clip}\big(x + \epsilon \, d,\; low,\; high\big), \qquad
-        d = \begin{cases}
-            \text{sign}(g) & \text{for } L_\infty \\
-            g / \|g\|_2 & \text{for } L_2 \text{, the fast gradient method}
-        \end{cases}, \qquad
-        g = \nabla_x \ell(x, y) .
+      x' = \text{clip}\big(x + \epsilon \, d,\; low,\; high\big), \qquad
+      d = \begin{cases}
+          \text{sign}(g) & \text{for } L_\infty \\
+          g / \|g\|_2 & \text{for } L_2 \text{, the fast gradient method}
+      \end{cases}, \qquad
+      g = \nabla_x \ell(x, y) .
 
     The result is the end of that step even where the loss is lower there than at ``x``;
-    ``pgd`` keeps the strongest point instead. An entry of ``x`` where the gradient is
+    `pgd` keeps the strongest point instead. An entry of ``x`` where the gradient is
     zero or NaN stays as it is, and so does an example whose gradient is zero or NaN.
 
-    * **Budget.** Sums are rounded towards ``x``, so that no rounding leaves the ball:
-      ``abs(x' - x) <= epsilon`` holds without a tolerance when computed in float32
-      (float64 for float64 ``x``), to which ``epsilon`` is rounded. In the L2 norm the
-      rounding of the norm itself remains, a few parts in 1e7 for float32. Subnormal
-      numbers are rounded to nearest (float16, below 6.1e-5) or may count as zero (the
-      other dtypes, where they are beyond any use).
+    * **Budget.** Sums are rounded towards ``x``: ``abs(x' - x) <= epsilon`` holds
+      without a tolerance in float32 (float64 for float64 ``x``), to which ``epsilon``
+      is rounded. In the L2 norm the rounding of the norm itself remains, a few parts in
+      1e7 for float32. Subnormal numbers are rounded to nearest (float16, below 6.1e-5)
+      or may count as zero (the other dtypes, where they are beyond any use).
     * **Bounds.** ``x'`` is within the bounds (rounded to ``x``'s dtype) exactly. An
       ``x`` that is not is clipped into them first, and that is the point from which the
       attack starts and measures: ``epsilon = 0`` returns ``clip(x, low, high)``.
@@ -67,31 +65,30 @@ def fgsm(
     Args:
       loss: Function ``(x, y) -> (batch,)``. All gradients come from one backward pass
         through ``loss(x, y).sum()``, so that no example may depend on another: batch
-        normalization must run on stored statistics, dropout be off.
+        normalization must run on stored statistics, and dropout must be off.
       x: Clean inputs ``(batch, ...)`` of a floating dtype, which the result keeps.
-      y: Handed to ``loss`` unchanged; anything, or None.
-      epsilon: Size of the ball: a number, or ``(batch,)`` for one per example. May be
-        traced, and then is not checked.
+      y: Anything, or ``None``. It is handed to ``loss`` unchanged.
+      epsilon: Size of the ball: a number, or ``(batch,)`` for one per example. It may
+        be traced, and then is not checked.
       bounds: ``(low, high)``, each broadcasting against ``x`` (for example
-        ``(channels,)`` where images were standardized), or None for unbounded inputs.
-      norm: ``"linf"`` or ``"l2"``; the L2 norm is over all axes of an example.
+        ``(channels,)`` where images were standardized), or ``None`` for no bounds.
+      norm: ``"linf"`` or ``"l2"``. The L2 norm is over all axes of an example.
 
     Returns:
       The attacked inputs, of the shape and dtype of ``x``.
 
     Raises:
-      TypeError: If ``x``, ``epsilon`` or ``bounds`` is not of the right kind of
-        numbers, or ``loss`` returns none.
-      ValueError: If ``norm`` is unknown, ``epsilon`` is negative, NaN or of another
-        shape, ``bounds`` are not a pair, in order and broadcastable, or ``loss`` does
-        not return one number per example.
+      TypeError: ``x``, ``epsilon`` or ``bounds`` is not of the right kind of numbers,
+        or ``loss`` does not return an array of floats.
+      ValueError: ``norm`` is unknown, ``x`` has no axis, ``epsilon`` is negative, NaN
+        or of another shape, ``bounds`` are not a pair, in order and broadcastable, or
+        ``loss`` does not return one number per example.
 
     References:
       Goodfellow et al., `Explaining and Harnessing Adversarial Examples
-      <https://arxiv.org/abs/1412.6572>`_, 2015
-
-      Miyato et al., `Adversarial Training Methods for Semi-Supervised Text
-      Classification <https://arxiv.org/abs/1605.07725>`_, 2017 (the L2 step)
+      <https://arxiv.org/abs/1412.6572>`_, 2015; Miyato et al., `Adversarial Training
+      Methods for Semi-Supervised Text Classification
+      <https://arxiv.org/abs/1605.07725>`_, 2017 (the L2 step).
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,8 +103,7 @@ def fgsm(
     geometry = _geometry(norm)
     x, low, high = _domain(x, bounds)
     radius = _length("epsilon", epsilon, x)
-    per_example = _detached(loss, x, y)
-    _, gradient = _value_and_gradient(per_example, x)
+    _, gradient = _value_and_gradient(_detached(loss, x, y), x)
     return _displace(x, radius * geometry.ascent(gradient), low, high)
 
 
@@ -127,15 +123,14 @@ def pgd(
     r"""Projected gradient descent: ``steps`` steps up the loss, keeping the strongest.
 
     .. math::
-        x_{t+1} = \text{clip}\big(x + \Pi_\epsilon(x_t + \eta \, d(x_t) - x),\;
+      x_{t+1} = \text{clip}\big(x + \Pi_\epsilon(x_t + \eta \, d(x_t) - x),\;
         low,\; high\big)
 
-    with ``d`` the sign of the gradient, or the gradient over its norm, as in ``fgsm``,
-    and ``\Pi`` the projection onto the ball: ``clip(delta, -epsilon, epsilon)`` for
-    L-infinity, ``delta * min(1, epsilon / norm(delta))`` for L2. For L-infinity the two
-    together are the projection onto ball and bounds. For L2 they are not its nearest
-    point, but a point of both: ``x`` is within the bounds, so that clipping only moves
-    towards ``x``.
+    with ``d`` the sign of the gradient for L-infinity, or the gradient over its norm
+    for L2, and ``\Pi`` the projection onto the ball: ``clip(delta, -epsilon, epsilon)``
+    for L-infinity, ``delta * min(1, epsilon / norm(delta))`` for L2. With the clipping
+    it is the projection onto ball and bounds for L-infinity. For L2 it gives a point of
+    both, though not the nearest, since clipping only moves towards ``x``.
 
     For each example the result is the point with the highest loss among the clean ``x``
     and all points visited, in all restarts, the first such one if several are equal: it
@@ -144,41 +139,48 @@ def pgd(
     (an infinite one does not), so that a point where the loss is NaN is never the
     result, unless it is ``x`` itself and no other was found.
 
-    Budget, bounds and gradients are as for ``fgsm``. A call runs ``restarts * steps``
-    forward and backward passes and ``restarts + 1`` further forward passes, in loops
-    that are compiled once; outside ``jax.jit`` it compiles them anew at every call.
+    Sums are rounded towards ``x``, so that no rounding leaves the ball, and the result
+    is within the bounds exactly. An ``x`` that is not is clipped into them first. No
+    gradient flows through the attack. See `fgsm` for the limits of this.
+
+    A call runs ``restarts * steps`` forward and backward passes and ``restarts + 1``
+    forward passes. Outside ``jax.jit`` it compiles their loops anew at every call.
 
     Args:
-      loss: Function ``(x, y) -> (batch,)``, each entry a function of its own example
-        only, as for ``fgsm``.
+      loss: Function ``(x, y) -> (batch,)``, in which no example may depend on another:
+        batch normalization must run on stored statistics, and dropout must be off.
       x: Clean inputs ``(batch, ...)`` of a floating dtype, which the result keeps.
-      y: Handed to ``loss`` unchanged; anything, or None.
-      epsilon: Size of the ball: a number, or ``(batch,)`` for one per example. May be
-        traced, and then is not checked.
-      steps: Number of steps, zero or more; may be traced.
+      y: Anything, or ``None``. It is handed to ``loss`` unchanged.
+      epsilon: Size of the ball: a number, or ``(batch,)`` for one per example. It may
+        be traced, and then is not checked.
+      steps: Number of steps, zero or more. It may be traced.
       key: For a random start, uniform in the ball (L2: by volume) and then clipped into
         the bounds. Without one the attack starts from ``x``. Restart ``i`` draws from
         ``jax.random.fold_in(key, i)``.
-      bounds: ``(low, high)``, each broadcasting against ``x``, or None for no bounds.
-      norm: ``"linf"`` or ``"l2"``; the L2 norm is over all axes of an example.
-      step_size: Length of a step in that norm, a number or ``(batch,)``; None means
-        ``2.5 * epsilon / steps``: all steps together cross the ball from any start,
-        with some to spare.
-      restarts: Number of starts, one or more; may be traced. More than one needs
+      bounds: ``(low, high)``, each broadcasting against ``x`` (for example
+        ``(channels,)`` where images were standardized), or ``None`` for no bounds.
+      norm: ``"linf"`` or ``"l2"``. The L2 norm is over all axes of an example.
+      step_size: Length of a step in that norm, a number or ``(batch,)``. ``None`` means
+        ``2.5 * epsilon / steps``, with which all steps together cross the ball from any
+        start, with some to spare.
+      restarts: Number of starts, one or more. It may be traced. More than one needs
         ``key``.
 
     Returns:
       The attacked inputs, of the shape and dtype of ``x``.
 
     Raises:
-      TypeError: If ``steps`` or ``restarts`` is not an integer, or as for ``fgsm``.
-      ValueError: If ``steps`` is negative, ``restarts`` is below one, or above one
-        without ``key``, ``step_size`` is negative, NaN or of another shape, or as for
-        ``fgsm``.
+      TypeError: ``x``, ``epsilon``, ``step_size`` or ``bounds`` is not of the right
+        kind of numbers, ``steps`` or ``restarts`` is no integer, ``key`` is no key, or
+        ``loss`` does not return an array of floats.
+      ValueError: ``norm`` is unknown, ``x`` has no axis, ``epsilon`` or ``step_size``
+        is negative, NaN or of another shape, ``steps`` or ``restarts`` is too small or
+        ``restarts`` above one without ``key``, ``bounds`` are not a pair, in order and
+        broadcastable, or ``loss`` does not return one number per example.
 
     References:
       Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
-      <https://arxiv.org/abs/1706.06083>`_, 2018
+      <https://arxiv.org/abs/1706.06083>`_, 2018.
 
     Example:
       >>> import jax
@@ -194,15 +196,16 @@ def pgd(
     geometry = _geometry(norm)
     steps = _count("steps", steps, 0)
     restarts = _count("restarts", restarts, 1)
-    if key is None and (isinstance(restarts, jax.Array) or restarts > 1):
-        raise ValueError(
-            f"restarts: {restarts} starts need a `key`; all would be the same without"
-        )
     _check_key(key)
+    if key is None and (isinstance(restarts, Tracer) or restarts > 1):
+        raise ValueError(
+            f"restarts must be 1 without a key, but is {restarts}: all would be the "
+            "same. Pass key=."
+        )
     x, low, high = _domain(x, bounds)
     radius = _length("epsilon", epsilon, x)
     if step_size is None:
-        step = _finite(2.5 * (radius / jnp.maximum(steps, 1)))
+        step = jnp.nan_to_num(2.5 * (radius / jnp.maximum(steps, 1)))
     else:
         step = _length("step_size", step_size, x)
     value = _detached(loss, x, y)(x)
@@ -211,9 +214,9 @@ def pgd(
     per_example = _detached(loss, x, y)
 
     # The state is the displacement and not the point: in half precision that adds up
-    # steps too small to move the point one by one
+    # steps too small to move the point one by one.
     def project(delta: jax.Array) -> jax.Array:
-        delta = geometry.project(_finite(delta), radius)
+        delta = geometry.project(jnp.nan_to_num(delta), radius)
         origin = x.astype(delta.dtype)
         return jnp.clip(delta, low - origin, high - origin)
 
@@ -223,7 +226,7 @@ def pgd(
         unit = geometry.sample(jax.random.fold_in(key, index), x.shape, radius.dtype)
         return project(radius * unit)
 
-    def ascend(_: jax.Array, state: _State) -> _State:
+    def ascend(_: jax.Array, state: tuple[jax.Array, _Best]):
         delta, best = state
         point = _displace(x, delta, low, high)
         value, gradient = _value_and_gradient(per_example, point)
@@ -251,10 +254,8 @@ class _Best(NamedTuple):
     value: jax.Array
 
 
-_State = tuple[jax.Array, _Best]  # displacements, and the strongest points so far
-
-
 def _stronger(best: _Best, point: jax.Array, value: jax.Array) -> _Best:
+    """The stronger of two points of each example, the first where they are equal."""
     better = value > best.value  # False for a NaN
     return _Best(
         jnp.where(_per_example(better, point), point, best.point),
@@ -276,35 +277,19 @@ class _Geometry(NamedTuple):
     sample: Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 
 
-def _geometry(norm: str) -> _Geometry:
-    if norm not in list(_GEOMETRIES):  # a list is not hashed, whatever norm is
-        raise ValueError(f"norm: expected one of {sorted(_GEOMETRIES)}, got {norm!r}")
-    return _GEOMETRIES[norm]
-
-
-def _linf_project(delta: jax.Array, radius: jax.Array) -> jax.Array:
-    return jnp.clip(delta, -radius, radius)
-
-
-def _linf_sample(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    return jax.random.uniform(key, shape, dtype, -1, 1)
-
-
-def _l2_ascent(gradient: jax.Array) -> jax.Array:
-    return _polar(gradient)[0]
-
-
 def _l2_project(delta: jax.Array, radius: jax.Array) -> jax.Array:
+    """The nearest displacements in the ball."""
     unit, norm = _polar(delta)
-    # Not delta * (radius / norm): the quotient can underflow where the product does not
+    # In delta * (radius / norm) the quotient can underflow where the product does not.
     return jnp.where(norm <= radius, delta, radius * unit)
 
 
 def _l2_sample(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Uniform draws from the ball of radius one."""
     direction, length = jax.random.split(key)
     unit, _ = _polar(jax.random.normal(direction, shape, dtype))
     fraction = jax.random.uniform(length, shape[:1], dtype)
-    # The volume within a distance r of the centre grows as r to this power
+    # The volume within a distance r of the centre grows as r to this power.
     dimensions = max(math.prod(shape[1:]), 1)
     return unit * _per_example(fraction ** (1 / dimensions), unit)
 
@@ -313,8 +298,8 @@ def _polar(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Directions and norms ``(batch, 1, ...)``; the direction of a zero is zero."""
     axes = tuple(range(1, vectors.ndim))
     largest = jnp.max(jnp.abs(vectors), axis=axes, keepdims=True, initial=0)
-    # Scaled to one, for squares neither overflow nor underflow then; by a power of two,
-    # for XLA divides by multiplying with the inverse, which is zero above 2^126
+    # Vectors are scaled to one, for squares neither overflow nor underflow then, and by
+    # a power of two, for XLA multiplies with the inverse, which is zero above 2^126.
     _, exponent = jnp.frexp(largest)
     scaled = jnp.ldexp(vectors, -exponent)
     norm = jnp.sqrt(jnp.sum(scaled**2, axis=axes, keepdims=True))
@@ -322,9 +307,20 @@ def _polar(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 _GEOMETRIES = {
-    "linf": _Geometry(jnp.sign, _linf_project, _linf_sample),
-    "l2": _Geometry(_l2_ascent, _l2_project, _l2_sample),
+    "linf": _Geometry(
+        ascent=jnp.sign,
+        project=lambda delta, radius: jnp.clip(delta, -radius, radius),
+        sample=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1),
+    ),
+    "l2": _Geometry(lambda gradient: _polar(gradient)[0], _l2_project, _l2_sample),
 }
+
+
+def _geometry(norm: str) -> _Geometry:
+    """The geometry of a norm, whose name is checked."""
+    if norm not in list(_GEOMETRIES):  # a list does not hash what it is asked for
+        raise ValueError(f"norm must be one of {tuple(_GEOMETRIES)}, not {norm!r}.")
+    return _GEOMETRIES[norm]
 
 
 def _displace(
@@ -334,44 +330,37 @@ def _displace(
     info = jnp.finfo(x.dtype)
     origin = x.astype(delta.dtype)
     total = origin + delta
-    # Not astype: XLA may keep the excess precision of an intermediate in half precision
+    # XLA may keep the excess precision of an intermediate in half precision through an
+    # astype, but not through this.
     nearest = lax.reduce_precision(total, info.nexp, info.nmant)
     # That may be past x + delta, or infinite. One of the two differences is exact (that
     # from the larger summand, Dekker 1971), and the other, rounding being monotone, is
-    # never wrong when it finds the total beyond
+    # never wrong when it finds the total beyond.
     beyond = jnp.where(
         delta > 0,
         (nearest - origin > delta) | (nearest - delta > origin),
         (nearest - origin < delta) | (nearest - delta < origin),
     )
-    # But astype here: reduce_precision rounds subnormal numbers to zero
+    # Here astype serves, since reduce_precision rounds subnormal numbers to zero.
     total = total.astype(x.dtype)
     return jnp.clip(jnp.where(beyond, jnp.nextafter(total, x), total), low, high)
 
 
 def _varying_like(x: jax.Array, *others: ArrayLike | None) -> jax.Array:
-    """``x``, which inside of ``jax.shard_map`` varies over the axes the others do.
+    """``x``, made to vary inside of ``jax.shard_map`` over the axes the others do.
 
     A loop cannot start from an input that all devices share if what it carries comes to
     depend on parameters that they do not.
     """
-    for other in others:
-        if other is None:
-            continue
+    for other in jax.tree.leaves(others):
         if jnp.issubdtype(jnp.result_type(other), jax.dtypes.prng_key):
             other = jax.random.key_data(other)
-        other = jnp.asarray(other)
-        x = jnp.where(jnp.any(other != other), x, x)  # no operation once compiled
+        x = jnp.where(jnp.any(other != other), x, x)  # XLA removes this.
     return x
 
 
-def _finite(values: jax.Array) -> jax.Array:
-    """NaN to zero and infinities to the largest number: zero times that is zero."""
-    return jnp.nan_to_num(values)
-
-
 def _per_example(values: jax.Array, like: jax.Array) -> jax.Array:
-    """Values of shape ``()`` or ``(batch,)`` with axes added to meet ``like``."""
+    """Values of shape ``()`` or ``(batch,)``, with axes added to meet ``like``."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
@@ -380,18 +369,19 @@ def _detached(loss: Loss, x: jax.Array, y: Any) -> Callable[[jax.Array], jax.Arr
 
     def per_example(points: jax.Array) -> jax.Array:
         value = loss(points, y)
-        if not isinstance(value, jax.Array | np.ndarray) or not _is_floating(value):
+        is_array = isinstance(value, jax.Array | np.ndarray)
+        if not is_array or not jnp.issubdtype(value.dtype, jnp.floating):
             found = getattr(value, "dtype", type(value).__name__)
-            raise TypeError(f"loss: expected to return an array of floats, got {found}")
+            raise TypeError(f"loss must return an array of floats, not {found}.")
         if value.shape != points.shape[:1]:
             raise ValueError(
-                f"loss: expected one number per example, shape {points.shape[:1]}, "
-                f"got shape {value.shape}; it must not sum or average over the batch"
+                f"loss must return one number per example, of shape {points.shape[:1]}"
+                f", but returns shape {value.shape}. Do not reduce it over the batch."
             )
         return jnp.asarray(value)
 
-    # stop_gradient on the result alone would still have the loops differentiated with
-    # respect to the parameters inside `loss`, at several times the cost, to no use
+    # With stop_gradient on the result alone the loops would still be differentiated by
+    # the parameters inside `loss`, at several times the cost, to no use.
     closed, captured = jax.closure_convert(per_example, x)
     captured = lax.stop_gradient(captured)
     return lambda points: closed(points, *captured)
@@ -400,37 +390,37 @@ def _detached(loss: Loss, x: jax.Array, y: Any) -> Callable[[jax.Array], jax.Arr
 def _value_and_gradient(
     per_example: Callable[[jax.Array], jax.Array], points: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """The losses, and their gradients without NaN or infinities."""
     value, pullback = jax.vjp(per_example, points)
     (gradient,) = pullback(jnp.ones_like(value))
-    return value, _finite(gradient.astype(_wide(points.dtype)))
-
-
-def _wide(dtype: DTypeLike) -> jnp.dtype:
-    """What displacements are computed in: squares of half precision would overflow."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return value, jnp.nan_to_num(gradient.astype(compute_dtype(points.dtype)))
 
 
 def _domain(x: ArrayLike, bounds: Bounds) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Checks and returns ``x`` within its bounds, low and high."""
+    """``x`` clipped into its bounds, the low ones and the high ones, all checked."""
     array = _numbers("x", x)
-    if not _is_floating(array):
+    if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
-            f"x: expected a floating dtype, got {array.dtype}; convert and scale it "
-            "first, for example x.astype(jnp.float32) / 255"
+            f"x must be of a floating dtype, not {array.dtype}. Scale it first, for "
+            "example by x.astype(jnp.float32) / 255."
         )
     if array.ndim == 0:
-        raise ValueError("x: expected shape (batch, ...), got a scalar")
-    array = lax.stop_gradient(jnp.asarray(array, dtype=_canonical(array.dtype)))
+        raise ValueError("x must have shape (batch, ...), but is a scalar.")
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    array = lax.stop_gradient(jnp.asarray(array, dtype))
     if bounds is None:
         bounds = (-np.inf, np.inf)
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise ValueError(f"bounds: expected (low, high) or None, got {bounds!r}")
+        raise ValueError(f"bounds must be (low, high) or None, not {bounds!r}.")
     low, high = (_bound(bound, array) for bound in bounds)
-    _check_order(*bounds)
+    known = not any(isinstance(bound, Tracer) for bound in bounds)
+    if known and not np.all(np.asarray(bounds[0]) <= np.asarray(bounds[1])):
+        raise ValueError(f"bounds must be in order, low <= high, but are {bounds}.")
     return jnp.clip(array, low, high), low, high
 
 
 def _bound(bound: ArrayLike, x: jax.Array) -> jax.Array:
+    """One of the bounds in the dtype of ``x``, and in its shape unless a scalar."""
     array = _numbers("bounds", bound)
     try:
         fits = np.broadcast_shapes(array.shape, x.shape) == x.shape
@@ -438,75 +428,58 @@ def _bound(bound: ArrayLike, x: jax.Array) -> jax.Array:
         fits = False
     if not fits:
         raise ValueError(
-            f"bounds: expected numbers or arrays broadcasting to x's shape {x.shape}, "
-            f"got shape {array.shape}"
+            f"bounds must broadcast to the shape of x, {x.shape}, but one has shape "
+            f"{array.shape}."
         )
     cast = _cast(array, x.dtype)
     return jnp.broadcast_to(cast, x.shape) if array.ndim else cast
 
 
-def _check_order(low: ArrayLike, high: ArrayLike) -> None:
-    if not (_is_known(low) and _is_known(high)):
-        return
-    if not np.all(np.asarray(low) <= np.asarray(high)):  # a NaN is in no order
-        raise ValueError(f"bounds: expected low <= high, got ({low}, {high})")
-
-
 def _length(name: str, value: ArrayLike, x: jax.Array) -> jax.Array:
-    """Checks and returns a length with the axes to meet ``x``, at most the largest."""
+    """A length, checked, with the axes to meet ``x`` and no larger than finite."""
     array = _numbers(name, value)
     if array.shape not in ((), x.shape[:1]):
         raise ValueError(
-            f"{name}: expected a number or one per example, shape {x.shape[:1]}, "
-            f"got shape {array.shape}"
+            f"{name} must be a number, or one per example, of shape {x.shape[:1]}, but "
+            f"has shape {array.shape}."
         )
-    if _is_known(array) and not np.all(np.asarray(array) >= 0):
-        raise ValueError(f"{name}: expected numbers >= 0, got {value}")
-    dtype = _wide(x.dtype)
-    # An infinite length times a zero gradient would be NaN
+    if not isinstance(array, Tracer) and not np.all(np.asarray(array) >= 0):
+        raise ValueError(f"{name} must be 0 or more, but is {value}.")
+    dtype = compute_dtype(x.dtype)
+    # An infinite length times a zero gradient would be NaN.
     largest = jnp.minimum(_cast(array, dtype), float(jnp.finfo(dtype).max))
     return _per_example(largest, x)
 
 
 def _check_key(key: Any) -> None:
+    """Refuses what is neither a key of ``jax.random``, typed or raw, nor ``None``."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     raw = dtype == jnp.uint32 and len(shape or ()) == 1
     if key is not None and not (shape == () if typed else raw):
         found = repr(key) if dtype is None else f"{dtype} of shape {shape}"
-        raise TypeError(f"key: expected one key of jax.random, got {found}")
+        raise TypeError(f"key must be one key of jax.random, not {found}.")
 
 
 def _count(name: str, value: Any, least: int) -> int | jax.Array:
-    if isinstance(value, Tracer):
-        if value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
-            return value
+    """An integer, of which only the type is checked where it is traced."""
+    if not isinstance(value, Tracer):
+        return check_count(name, value, least)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name} must be an integer, not {value.aval}.")
-    return check_count(name, value, least)
+    return value
 
 
 def _numbers(name: str, value: ArrayLike) -> jax.Array | np.ndarray:
+    """An array, which has to be one of real numbers."""
     array = value if isinstance(value, jax.Array) else np.asarray(value)
-    if not (_is_floating(array) or jnp.issubdtype(array.dtype, jnp.integer)):
+    if not is_real(array):
         kind = type(value).__name__ if array.dtype == object else array.dtype
-        raise TypeError(f"{name}: expected real numbers, got {kind}")
+        raise TypeError(f"{name} must be real numbers, not {kind}.")
     return array
 
 
 def _cast(array: jax.Array | np.ndarray, dtype: DTypeLike) -> jax.Array:
-    # A number too large for the dtype becomes infinite, as meant: 1e30 in float16
+    """A constant of another dtype, infinite where a number is too large for it."""
     with np.errstate(over="ignore"):
         return lax.stop_gradient(jnp.asarray(array).astype(dtype))
-
-
-def _canonical(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype as JAX keeps it: float32 for float64 unless 64 bits are enabled."""
-    return jax.dtypes.canonicalize_dtype(dtype)
-
-
-def _is_floating(array: jax.Array | np.ndarray) -> bool:
-    return bool(jnp.issubdtype(array.dtype, jnp.floating))
-
-
-def _is_known(value: Any) -> bool:
-    return not isinstance(value, Tracer)

@@ -33,24 +33,23 @@ def generalized_cross_entropy(
       L_q = \frac{1 - p_y^q}{q}, \qquad p = \mathrm{softmax}(z)
 
     for logits :math:`z` and label :math:`y`. The smaller a label's probability, the
-    less its example counts: the gradient is that of cross-entropy times
-    :math:`p_y^q`, which makes labels that are wrong easier to leave unlearnt. At
-    ``q = 1`` it is half the absolute error between ``p`` and the one-hot label, and
-    the limit ``q = 0`` is cross-entropy. Values and derivatives, by ``q`` as well,
-    are exact to rounding all the way there, and for logits of any size.
+    less its example counts: the gradient is that of cross-entropy times :math:`p_y^q`,
+    which makes labels that are wrong easier to leave unlearnt. At ``q = 1`` the loss is
+    half the absolute error between ``p`` and the one-hot label, and the limit ``q = 0``
+    is cross-entropy. Values and derivatives, by ``q`` as well, are exact to rounding
+    all the way there, and for logits of any size.
 
     Args:
       logits: Unnormalized log-probabilities of a floating dtype, ``(..., classes)``.
         ``-inf`` takes a class out; where that is the label's, the loss is ``1 / q``.
       labels: Integers ``(...)``, of the shape of ``logits`` without ``axis``.
-      q: In [0, 1], a number or a traced scalar, which is not checked. The paper's
-        is 0.7.
+      q: A number in [0, 1], 0.7 in the paper, or a traced scalar, which is not checked.
       axis: The axis of ``logits`` that numbers the classes.
 
     Returns:
-      The loss of each example, of the shape of ``labels``, in float32, or float64
-      for float64 logits. A label outside of ``[0, classes)`` gives NaN; no label
-      means "ignore".
+      The loss of each example, of the shape of ``labels``, in float32, or float64 for
+      float64 logits. A label outside of ``[0, classes)`` gives NaN, and no label means
+      "ignore".
 
     Raises:
       TypeError: ``logits`` are no floats, ``labels`` no integers, ``q`` no scalar.
@@ -69,7 +68,7 @@ def generalized_cross_entropy(
       >>> print(losses.round(4))  # 2 (1 - sqrt(p))
       [1.     0.2679]
     """
-    logits, labels = floats("logits", logits), _integers("labels", labels)
+    logits = floats("logits", logits)
     check_scalar("q", q, 0, 1)
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(
@@ -77,8 +76,7 @@ def generalized_cross_entropy(
             f"{logits.shape}, but is {axis}."
         )
     axis %= logits.ndim
-    _check_labels(labels, logits.shape[:axis] + logits.shape[axis + 1 :])
-
+    labels = _labels(labels, logits.shape[:axis] + logits.shape[axis + 1 :])
     return _generalized(logits, labels, q, axis)
 
 
@@ -86,15 +84,13 @@ def generalized_cross_entropy(
 class MaxMahalanobis:
     """The loss that `max_mahalanobis` returns.
 
-    Two are equal, and may be one static argument of ``jax.jit``, if they have the same
-    numbers.
+    Two of the same numbers are equal, and the same static argument of ``jax.jit``.
 
     Attributes:
       classes: Number of classes.
       features: Number of features.
       norm: Norm of every centre.
-      centers: The centres, ``(classes, features)``, a read-only NumPy array in
-        float64.
+      centers: The centres ``(classes, features)``, a read-only float64 NumPy array.
     """
 
     classes: int
@@ -118,8 +114,8 @@ class MaxMahalanobis:
           ValueError: The last axis of ``z`` is not ``features``, or ``labels`` have
             another shape than the rest.
         """
-        z, labels = self._features(z), _integers("labels", labels)
-        _check_labels(labels, z.shape[:-1])
+        z = self._features(z)
+        labels = _labels(labels, z.shape[:-1])
         chosen = _one_hot(labels, self.classes, -1)
         centers = jnp.asarray(self.centers, z.dtype)
         center = _matmul(chosen.astype(z.dtype), centers)
@@ -135,8 +131,8 @@ class MaxMahalanobis:
 
         All centres have the same norm, so that argmax and softmax are those of
         :math:`-\frac 1 2 \|z - \mu_k\|^2`, the classifier of the paper. This form is
-        one matrix product, and what the classes have in common, which for features
-        far from all centres rounds their differences away, is not in it.
+        one matrix product without what the classes have in common, which for features
+        far from all centres would round their differences away.
 
         Args:
           z: Features of a floating dtype, ``(..., features)``.
@@ -152,6 +148,7 @@ class MaxMahalanobis:
         return _matmul(z, jnp.asarray(self.centers.T, z.dtype))
 
     def _features(self, z: ArrayLike) -> jax.Array:
+        """Features of a checked shape, in the dtype to compute in."""
         z = floats("z", z)
         if z.ndim == 0 or z.shape[-1] != self.features:
             raise ValueError(
@@ -177,13 +174,13 @@ def max_mahalanobis(classes: int, features: int, norm: float = 10.0) -> MaxMahal
         \quad (j < i), \qquad
       \mu_i(i) = \sqrt{1 - \|\mu_i\|^2}
 
-    with zeros elsewhere. They use the first ``classes - 1`` features; the rest are
+    with zeros elsewhere. They use the first ``classes - 1`` features, and the rest are
     drawn to 0. Nothing is random.
 
     Args:
       classes: Number of classes ``L``, 2 or more.
       features: Number of features, ``classes - 1`` or more.
-      norm: Norm ``C`` of the centres, positive; the paper's is 10.
+      norm: Norm ``C`` of the centres, positive, 10 in the paper.
 
     Returns:
       A function ``loss(z, labels) -> (batch,)`` with the centres as ``loss.centers``
@@ -197,8 +194,8 @@ def max_mahalanobis(classes: int, features: int, norm: float = 10.0) -> MaxMahal
 
     References:
       Pang, Xu, Dong, Du, Chen, Zhu, `Rethinking Softmax Cross-Entropy Loss for
-      Adversarial Robustness <https://arxiv.org/abs/1905.10626>`_, 2020; the centres
-      from Pang, Du, Zhu, `Max-Mahalanobis Linear Discriminant Analysis Networks
+      Adversarial Robustness <https://arxiv.org/abs/1905.10626>`_, 2020. The centres
+      are from Pang, Du, Zhu, `Max-Mahalanobis Linear Discriminant Analysis Networks
       <https://arxiv.org/abs/1802.09308>`_, 2018, Algorithm 1.
 
     Example:
@@ -228,9 +225,10 @@ def max_mahalanobis(classes: int, features: int, norm: float = 10.0) -> MaxMahal
 
 @functools.partial(jax.jit, static_argnums=3)  # or else each operation by itself
 def _generalized(logits, labels, q, axis: int) -> jax.Array:
+    """The loss, of arguments that have been checked."""
     logits = logits.astype(compute_dtype(logits.dtype))
     chosen = _one_hot(labels, logits.shape[axis], axis)
-    # Not a gather, which would neither mark wrong labels nor keep explicit shardings.
+    # A gather would neither mark wrong labels nor keep explicit shardings.
     log_p = jnp.where(chosen, jax.nn.log_softmax(logits, axis), 0).sum(axis)
     loss = _lost_power(log_p, jnp.asarray(q, logits.dtype))
     return jnp.where(chosen.any(axis), loss, jnp.nan)
@@ -239,9 +237,8 @@ def _generalized(logits, labels, q, axis: int) -> jax.Array:
 def _lost_power(log_p: jax.Array, q: jax.Array) -> jax.Array:
     """``(1 - p**q) / q``, and ``-log p`` at ``q = 0``.
 
-    With ``x = q log p`` it is ``-log p (exp(x) - 1) / x``, of which the series is
-    summed where the closed form would divide by nothing or (its derivative by ``q``)
-    cancel.
+    With ``x = q log p`` it is ``-log p (exp(x) - 1) / x``. Its series is summed where
+    the closed form would divide by 0 or its derivative by ``q`` cancel.
     """
     finite = jnp.maximum(log_p, jnp.finfo(log_p.dtype).min)  # infinity times 0 is NaN
     x = q * finite
@@ -256,7 +253,7 @@ def _lost_power(log_p: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def _simplex(classes: int, features: int) -> np.ndarray:
-    """The centres of norm 1, in float64, checked."""
+    """The centres of norm 1 in float64, whose inner products are checked."""
     # The last centre has no axis of its own: what is left of its norm is rounding.
     means = np.zeros((classes, classes - 1))
     for j in range(classes - 1):
@@ -276,27 +273,25 @@ def _simplex(classes: int, features: int) -> np.ndarray:
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    # In full precision, also where the hardware has faster ones for float32.
+    """A product in full precision, even where hardware has faster ones for float32."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _one_hot(labels: jax.Array, classes: int, axis: int) -> jax.Array:
-    """Booleans, all false for a label that is none."""
+    """Booleans, which are all false for a label that is no class."""
     labels = jnp.expand_dims(labels, axis)
     others = tuple(a for a in range(labels.ndim) if a != axis % labels.ndim)
     return labels == jnp.expand_dims(jnp.arange(classes), others)
 
 
-def _integers(name: str, value: ArrayLike) -> jax.Array:
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must be of an integer dtype, not {array.dtype}.")
-    return array
-
-
-def _check_labels(labels: jax.Array, shape: tuple[int, ...]) -> None:
+def _labels(value: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Labels, which have to be integers ``shape``, one for each example."""
+    labels = jnp.asarray(value)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be of an integer dtype, not {labels.dtype}.")
     if labels.shape != shape:
         raise ValueError(
             f"labels must have shape {shape}, one label an example, but have "
             f"{labels.shape}."
         )
+    return labels
