@@ -316,7 +316,7 @@ SETTINGS = {
 COST = json.loads((ROOT / "benchmarks/results/cost-cpu.json").read_text("utf8"))
 
 
-def rows(page: str, which: str) -> list:
+def rows(page: str, which: str | None) -> list:
     """Rows of the tables of a page: the text before, the table's head, the cells.
 
     Tables are of three kinds: ``results``, of which the sentence before says from which
@@ -331,7 +331,7 @@ def rows(page: str, which: str) -> list:
             for line in lines.splitlines()
         ]
         kind = None
-        if re.match(r"From \[[^]]*\]\(\S*/results/\S+\.json\)", before):
+        if re.search(r"From\s\[[^]]*\]\(\S*/results/\S+\.json\)", before):
             kind = "results" if head[0] == "method" else "costs"
         elif all(re.search(r"\]\(\S+\.json\)", row[0]) for row in body):
             kind = "settings"
@@ -350,6 +350,11 @@ def _result(page: str, text: str) -> dict:
 def _of_kind(kind: str):
     pages = [page for page in MARKDOWN if rows(page, kind)]
     return pytest.mark.parametrize("page", pages)
+
+
+@pytest.mark.parametrize("page", [p for p in MARKDOWN if p.startswith("weightreg/")])
+def test_every_table_of_a_card_is_compared(page):
+    assert rows(page, None) == []
 
 
 @_of_kind("results")
