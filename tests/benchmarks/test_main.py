@@ -267,7 +267,7 @@ def test_no_part_of_an_experiment_begins_where_another_cannot(
         (["compare", "--epsilon", "nan"], "epsilon must be .* but is nan"),
         (["compare", "--epsilon", "inf"], "epsilon must be .* but is inf"),
         (["compare", "--adversarial", "inf"], "adversarial must be .* but is inf"),
-        (["compare", "--seeds", "-3"], "seeds must be at least 1, but is -3"),
+        (["compare", "--seeds", "-3"], "seeds must be at least 1 and .*, but is -3"),
         (["compare", "--seeds", "1.5"], "--seeds: invalid int value: '1.5'"),
         (["compare", "--methods", "none,magic"], "methods must be .* not magic"),
         (["compare", "--mapping", "both"], "--mapping: invalid choice: 'both'"),
