@@ -132,13 +132,16 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
         without it the Hugging Face hub is asked.
 
     Raises:
-      ValueError: The name is unknown, or what is read is not that data set.
+      ValueError: The name is unknown, what is read is not that data set, or it is read
+        from no files and a folder is given.
       FileNotFoundError: The files are not there, or the hub is not to be reached.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {name!r}.")
     info = DATASETS[name]
     if not isinstance(info.source, Hub):
+        if data_dir is not None:
+            raise ValueError(f"data_dir must not be given for {name}: it has no files.")
         return info.source()
     from benchmarks import images  # slow to import, and not needed for the default
 

@@ -69,3 +69,8 @@ def test_parquet_files_are_read(name, column, shape, tmp_path):
         np.testing.assert_allclose(images, x / 255, rtol=1e-6)
         np.testing.assert_array_equal(labels, y)
         assert images.dtype == np.float32 and labels.dtype == np.int32
+
+
+def test_a_folder_for_data_that_has_no_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="data_dir must not be given for digits"):
+        data.load("digits", str(tmp_path))

@@ -89,7 +89,8 @@ def test_readers_and_writers_at_once_see_whole_files(tmp_path):
 
 def test_two_runs_at_once_keep_out_of_each_others_way(tmp_path, monkeypatch):
     """Both have begun, and written, before either is complete."""
-    out, both, second = tmp_path / "out.json", threading.Barrier(2), threading.Event()
+    out, both = tmp_path / "out.json", threading.Barrier(2)
+    written, second = threading.Event(), threading.Event()
 
     def final(*_):
         both.wait(timeout=60)
@@ -97,6 +98,7 @@ def test_two_runs_at_once_keep_out_of_each_others_way(tmp_path, monkeypatch):
 
     def step_times(*_):
         if threading.current_thread().name == "later":
+            written.set()
             second.wait(timeout=60)
         return {}
 
@@ -116,6 +118,7 @@ def test_two_runs_at_once_keep_out_of_each_others_way(tmp_path, monkeypatch):
     earlier.start()
     later.start()
     earlier.join()
+    assert written.wait(timeout=60)
     assert json.loads(out.read_text())["run"] == "earlier"
     (left,) = record.partials(out)
     kept = json.loads(left.read_text())

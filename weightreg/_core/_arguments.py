@@ -76,8 +76,12 @@ def check_scheduled(name: str, value: Any, low: float, high: float) -> None:
         check_scalar(name, value, low, high, "a scalar or a schedule")
 
 
-def check_count(name: str, value: Any, least: int) -> int:
-    """Takes an integer, which has to be known before tracing."""
+def check_count(name: str, value: Any, least: int, *, traced: bool = False) -> Any:
+    """Takes an integer, which may be ``traced``, or has to be known before tracing."""
+    if traced and isinstance(value, Tracer):
+        if value.shape or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"{name} must be an integer, not {value!r}.")
+        return value
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
@@ -95,14 +99,14 @@ def check_boolean(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a boolean, not {value!r}.")
 
 
-def check_shape(where: str, shape: tuple[int, ...], leaf: tuple[int, ...]) -> None:
-    """Refuses a shape that does not broadcast to a leaf's."""
+def check_shape(where: str, shape: tuple[int, ...], whole: tuple[int, ...]) -> None:
+    """Refuses a shape that does not broadcast to a whole array's."""
     try:
-        fits = np.broadcast_shapes(shape, leaf) == leaf
+        fits = np.broadcast_shapes(shape, whole) == whole
     except ValueError:
         fits = False
     if not fits:
-        broadcast = f" or broadcast to the leaf's shape {leaf}" if leaf else ""
+        broadcast = f" or broadcast to shape {whole}" if whole else ""
         raise ValueError(f"{where} must be a scalar{broadcast}, but has shape {shape}.")
 
 

@@ -112,8 +112,7 @@ def left_out(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, 
 
     Args:
       params: Any tree of parameters.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`.
 
     Returns:
@@ -172,8 +171,7 @@ def weight_layers(
 
     Args:
       params: Any tree of parameters.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: a tree of
         ``optax.contrib.MuonDimensionNumbers``, with ``None`` for leaves that are no
         weights, or a function of the parameters that makes one.

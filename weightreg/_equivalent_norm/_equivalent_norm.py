@@ -133,8 +133,7 @@ def equivalent_norm(
       learn: Whether alpha is learnt, starting from this value. Train
         ``enc.init(params)`` then, a `LearntNorm` with the logarithm of alpha beside the
         parameters, and pass it to ``enc``.
-      mask: Which leaves to map: a tree of booleans, or a function of the parameters
-        that makes one. By default `weight_mask` decides.
+      mask: Which leaves to map, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which are mapped one by one.
 

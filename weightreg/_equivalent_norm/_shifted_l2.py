@@ -138,8 +138,7 @@ def add_shifted_l2(
         scalar or a schedule of the step count. The authors take 1e-3, centred.
       scope: What sums, means and norms are taken over, ``"unit"`` or ``"layer"``.
       center: Whether the deviation from the mean is shifted, and not the norm.
-      mask: Which leaves to penalize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves to penalize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one.
 

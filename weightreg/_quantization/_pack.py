@@ -39,13 +39,10 @@ def pack(
 
     Args:
       params: Any tree of parameters.
-      volume: The height ``V`` of the levels, finite, one number for each layer: a
-        number, a tree of numbers that matches the parameters or a prefix of them, or a
-        function of the parameters that makes one, such as `he_volume`. It is no
-        schedule, since there is no step count.
+      volume: The height ``V`` of the levels, one for each layer: a finite number, a
+        tree of these (or a prefix), or a function of the parameters.
       levels: ``"binary"`` or ``"ternary"``.
-      mask: Which leaves to pack: a tree of booleans, or a function of the parameters
-        that makes one. By default `weight_mask` decides.
+      mask: Which leaves to pack, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, each of which has a scale of its own.
 

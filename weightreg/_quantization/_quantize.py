@@ -41,11 +41,9 @@ def binarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None) 
 
     Args:
       params: Any tree of parameters.
-      volume: The height ``V`` of the levels, finite: a number, a tree of numbers that
-        matches the parameters or a prefix of them, or a function of the parameters that
-        makes one, such as `he_volume`. It is no schedule, since there is no step count.
-      mask: Which leaves to binarize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      volume: The height ``V`` of the levels: a finite number, a tree of these (or a
+        prefix), or a function of the parameters such as `he_volume`.
+      mask: Which leaves to binarize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
@@ -85,11 +83,9 @@ def ternarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None)
 
     Args:
       params: Any tree of parameters.
-      volume: The height ``V`` of the levels, finite: a number, a tree of numbers that
-        matches the parameters or a prefix of them, or a function of the parameters that
-        makes one, such as `he_volume`. It is no schedule, since there is no step count.
-      mask: Which leaves to ternarize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      volume: The height ``V`` of the levels: a finite number, a tree of these (or a
+        prefix), or a function of the parameters such as `he_volume`.
+      mask: Which leaves to ternarize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
@@ -129,12 +125,10 @@ def level_distances(
 
     Args:
       params: Any tree of parameters.
-      volume: The height ``V`` of the levels, finite: a number, a tree of numbers that
-        matches the parameters or a prefix of them, or a function of the parameters that
-        makes one, such as `he_volume`. It is no schedule, since there is no step count.
+      volume: The height ``V`` of the levels: a finite number, a tree of these (or a
+        prefix), or a function of the parameters such as `he_volume`.
       levels: ``"binary"`` or ``"ternary"``.
-      mask: Which leaves to measure: a tree of booleans, or a function of the parameters
-        that makes one. By default `weight_mask` decides.
+      mask: Which leaves to measure, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one.
 
@@ -213,11 +207,9 @@ def quantize_every(
     Args:
       steps: How many steps lie between: 1 or more, in 32 bits; may be traced.
       levels: ``"binary"`` or ``"ternary"``.
-      volume: The height ``V`` of the levels, finite: a number, a tree of numbers that
-        matches the parameters or a prefix of them, or a function of the parameters that
-        makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
-      mask: Which leaves to quantize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      volume: The height ``V`` of the levels: a finite number, schedule or traced array,
+        a tree of these or a prefix of one, or a function of the parameters.
+      mask: Which leaves to quantize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
@@ -249,7 +241,9 @@ def quantize_every(
       [[ 0.25  -0.375]]
       [[ 0.5 -0.5]]
     """
-    steps = _check_steps(steps)
+    steps = check_count("steps", steps, 1, traced=True)
+    if not isinstance(steps, Tracer) and steps > np.iinfo(np.int32).max:
+        raise ValueError(f"steps must be less than 2**31, but is {steps}.")
     check_levels(levels)
     check_argument(volume)
 
@@ -262,7 +256,7 @@ def quantize_every(
         del extra_args
         check_params(params)
         after = state.next()
-        due = after.count % steps == 0
+        due = after.count % jnp.asarray(steps, jnp.int32) == 0
         scales = scales_of("quantize_every", params, volume, mask, dims, state.count)
         quantized = {
             i: _to_level(w, u, scales[i], levels, due)
@@ -324,18 +318,6 @@ def check_levels(levels: Any) -> None:
     """Refuses all but the names of the two kinds of levels."""
     if not isinstance(levels, str) or levels not in PLANES:
         raise ValueError(f"levels must be 'binary' or 'ternary', not {levels!r}.")
-
-
-def _check_steps(steps: Any) -> Any:
-    """Takes integers, also those of JAX, which ``inject_hyperparams`` makes."""
-    if isinstance(steps, Tracer):
-        if steps.shape or not jnp.issubdtype(steps.dtype, jnp.integer):
-            raise TypeError(f"steps must be an integer, not {steps!r}.")
-        return steps.astype(jnp.int32)
-    count = check_count("steps", steps, 1)
-    if count > np.iinfo(np.int32).max:
-        raise ValueError(f"steps must be less than 2**31, but is {count}.")
-    return count
 
 
 def _scale(where: str, volume: Any, leaf: jax.Array) -> jax.Array:

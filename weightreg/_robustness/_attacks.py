@@ -22,7 +22,12 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from weightreg._core._arguments import check_count, compute_dtype, is_real
+from weightreg._core._arguments import (
+    check_count,
+    check_shape,
+    compute_dtype,
+    is_real,
+)
 
 Loss = Callable[[jax.Array, Any], jax.Array]
 Bounds = tuple[ArrayLike, ArrayLike] | None
@@ -194,8 +199,8 @@ def pgd(
       Array([[0.25, 0.5 , 0.75]], dtype=float32)
     """
     geometry = _geometry(norm)
-    steps = _count("steps", steps, 0)
-    restarts = _count("restarts", restarts, 1)
+    steps = check_count("steps", steps, 0, traced=True)
+    restarts = check_count("restarts", restarts, 1, traced=True)
     _check_key(key)
     if key is None and (isinstance(restarts, Tracer) or restarts > 1):
         raise ValueError(
@@ -422,15 +427,7 @@ def _domain(x: ArrayLike, bounds: Bounds) -> tuple[jax.Array, jax.Array, jax.Arr
 def _bound(bound: ArrayLike, x: jax.Array) -> jax.Array:
     """One of the bounds in the dtype of ``x``, and in its shape unless a scalar."""
     array = _numbers("bounds", bound)
-    try:
-        fits = np.broadcast_shapes(array.shape, x.shape) == x.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"bounds must broadcast to the shape of x, {x.shape}, but one has shape "
-            f"{array.shape}."
-        )
+    check_shape("bounds", array.shape, x.shape)
     cast = _cast(array, x.dtype)
     return jnp.broadcast_to(cast, x.shape) if array.ndim else cast
 
@@ -459,15 +456,6 @@ def _check_key(key: Any) -> None:
     if key is not None and not (shape == () if typed else raw):
         found = repr(key) if dtype is None else f"{dtype} of shape {shape}"
         raise TypeError(f"key must be one key of jax.random, not {found}.")
-
-
-def _count(name: str, value: Any, least: int) -> int | jax.Array:
-    """An integer, of which only the type is checked where it is traced."""
-    if not isinstance(value, Tracer):
-        return check_count(name, value, least)
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise TypeError(f"{name} must be an integer, not {value.aval}.")
-    return value
 
 
 def _numbers(name: str, value: ArrayLike) -> jax.Array | np.ndarray:

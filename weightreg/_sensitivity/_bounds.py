@@ -66,8 +66,7 @@ def input_gradient_bound(
         ``up``. Then nothing but weights and their biases may be there.
       norm: ``"frobenius"``, or ``"spectral"``, which is never larger but takes a
         singular value decomposition of every layer's kernel matrix.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one. Where a weight has several input
         axes, all but the last are taken for a window.
@@ -137,8 +136,7 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
 
     Args:
       params: Any tree of parameters.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one.
 

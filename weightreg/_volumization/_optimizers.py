@@ -95,8 +95,8 @@ def scale_by_laprop(
             _laprop_step(g, m, n, rates, corrections[n.dtype], eps)
             for g, m, n in zip(leaves, mu, nu, strict=True)
         ]
-        u, mu, nu = (treedef.unflatten(part) for part in _unzip(steps))
-        return u, ScaleByLapropState(count=count, mu=mu, nu=nu)
+        u, mu, nu = (treedef.unflatten([s[i] for s in steps]) for i in range(3))
+        return u, ScaleByLapropState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -163,24 +163,20 @@ def volumized_sgd(
     Args:
       learning_rate: :math:`\lambda`, a number, a traced scalar or a schedule.
       momentum: :math:`\mu`, in [0, 1); 0 is plain SGD.
-      volume: The wall ``V >= 0``, in units of the weights: a number, a tree of numbers
-        that matches the parameters or a prefix of them, or a function of the parameters
-        that makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
-      alpha: How much of what is outside is left there, in [-1, 1]: a number, a schedule
-        or a traced scalar.
+      volume: The wall ``V >= 0``: a number, schedule or traced array, a tree of these
+        (or a prefix), or a function of the parameters such as `he_volume`.
+      alpha: The share of an excess that stays, in [-1, 1]; may be a schedule or traced.
       nesterov: Whether the step looks ahead by Nesterov's rule, as ``optax.sgd`` does.
       accumulator_dtype: Dtype of the momentum, by default the parameter's.
-      mask: Which leaves to volumize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
       An optimizer that needs ``params``.
 
     Raises:
-      ValueError: ``alpha`` is outside [-1, 1], ``V`` is negative or NaN, a tree does
-        not match the parameters, a rule meets a leaf without fans, or ``update`` is
-        not given ``params``.
+      ValueError: A number is out of its range, a tree does not match the parameters, a
+        rule meets a leaf without fans, or ``update`` is not given ``params``.
       TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
 
     References:
@@ -226,25 +222,21 @@ def volumized_adam(
       eps: Added to the denominator.
       eps_root: Added under the root. If it is positive, derivatives with respect to
         hyperparameters are finite also where gradients are 0.
-      volume: The wall ``V >= 0``, in units of the weights: a number, a tree of numbers
-        that matches the parameters or a prefix of them, or a function of the parameters
-        that makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
-      alpha: How much of what is outside is left there, in [-1, 1]: a number, a schedule
-        or a traced scalar.
+      volume: The wall ``V >= 0``: a number, schedule or traced array, a tree of these
+        (or a prefix), or a function of the parameters such as `he_volume`.
+      alpha: The share of an excess that stays, in [-1, 1]; may be a schedule or traced.
       nesterov: Whether the step looks ahead by Nesterov's rule, as ``optax.adam``
         does.
       mu_dtype: Dtype of the first moment, by default the parameter's.
-      mask: Which leaves to volumize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
       An optimizer that needs ``params``.
 
     Raises:
-      ValueError: ``alpha`` is outside [-1, 1], ``V`` is negative or NaN, a tree does
-        not match the parameters, a rule meets a leaf without fans, or ``update`` is
-        not given ``params``.
+      ValueError: A number is out of its range, a tree does not match the parameters, a
+        rule meets a leaf without fans, or ``update`` is not given ``params``.
       TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
 
     References:
@@ -281,24 +273,20 @@ def volumized_laprop(
       b1: Decay of the average of normalized gradients.
       b2: Decay of the average of squared gradients.
       eps: Added to the denominator. Where both are 0 the update is 0.
-      volume: The wall ``V >= 0``, in units of the weights: a number, a tree of numbers
-        that matches the parameters or a prefix of them, or a function of the parameters
-        that makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
-      alpha: How much of what is outside is left there, in [-1, 1]: a number, a schedule
-        or a traced scalar.
+      volume: The wall ``V >= 0``: a number, schedule or traced array, a tree of these
+        (or a prefix), or a function of the parameters such as `he_volume`.
+      alpha: The share of an excess that stays, in [-1, 1]; may be a schedule or traced.
       mu_dtype: Dtype of the average of normalized gradients, by default the
         parameter's.
-      mask: Which leaves to volumize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
       An optimizer that needs ``params``.
 
     Raises:
-      ValueError: ``alpha`` is outside [-1, 1], ``V`` is negative or NaN, a tree does
-        not match the parameters, a rule meets a leaf without fans, or ``update`` is
-        not given ``params``.
+      ValueError: A number is out of its range, a tree does not match the parameters, a
+        rule meets a leaf without fans, or ``update`` is not given ``params``.
       TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
 
     References:
@@ -342,7 +330,3 @@ def _real(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         dtype = jnp.finfo(dtype).dtype
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def _unzip(triples: list[tuple[Any, Any, Any]]) -> tuple[list[Any], ...]:
-    return tuple([t[i] for t in triples] for i in range(3))

@@ -49,10 +49,9 @@ class VolumeRule:
     def __call__(self, params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
         """Makes the tree of volumes, with ``None`` for leaves that are no weights."""
         refuse_step_count("volume", params)
-        own = {"mask": self.mask, "dims": self.dims}
-        given = {"mask": mask, "dims": dims}
-        kwargs = {k: given[k] if v is None else v for k, v in own.items()}
-        layers = weight_layers(params, **kwargs)
+        mask = mask if self.mask is None else self.mask
+        dims = dims if self.dims is None else self.dims
+        layers = weight_layers(params, mask=mask, dims=dims)
         leaves: list[Number | None] = [None] * len(jax.tree.leaves(params))
         for layer, volume in zip(layers, self.volumes(layers), strict=True):
             leaves[layer.index] = volume

@@ -48,10 +48,8 @@ def volumize(
         that matches the parameters or a prefix of them, or a function of the parameters
         that makes one, as `he_volume` and `lipschitz_volume` do. Numbers may be floats,
         schedules, and arrays that broadcast to the weight, traced ones too.
-      alpha: How much of what is outside is left there, in [-1, 1]: a number, a schedule
-        or a traced scalar.
-      mask: Which leaves to volumize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      alpha: The share of an excess that stays, in [-1, 1]; may be a schedule or traced.
+      mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean, for rules: see `weight_layers`.
 
     Returns:
@@ -60,9 +58,8 @@ def volumize(
       cannot reach the box.
 
     Raises:
-      ValueError: ``alpha`` is outside [-1, 1], ``V`` is negative or NaN, a tree does
-        not match the parameters, a rule meets a leaf without fans, or ``update`` is
-        not given ``params``.
+      ValueError: A number is out of its range, a tree does not match the parameters, a
+        rule meets a leaf without fans, or ``update`` is not given ``params``.
       TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
 
     References:

@@ -102,13 +102,10 @@ def volumized(
 
     Args:
       optimizer: Any Optax optimizer, learning rate included.
-      volume: The wall ``V >= 0``, in units of the weights: a number, a tree of numbers
-        that matches the parameters or a prefix of them, or a function of the parameters
-        that makes one, such as `he_volume`. Numbers may be schedules or traced arrays.
-      alpha: How much of what is outside is left there, in [-1, 1]: a number, a schedule
-        or a traced scalar.
-      mask: Which leaves to volumize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      volume: The wall ``V >= 0``: a number, schedule or traced array, a tree of these
+        (or a prefix), or a function of the parameters such as `he_volume`.
+      alpha: The share of an excess that stays, in [-1, 1]; may be a schedule or traced.
+      mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean, for rules: see `weight_layers`.
       require_momentum: Whether a volumized weight without a first moment (plain SGD,
         RMSProp) is an error. ``False`` says that it is meant.
@@ -149,9 +146,7 @@ def volumized(
         inner = optimizer.init(params)
         if require_momentum:
             _check_moments(volumes, inner, params)
-        return VolumizedState(
-            count=jnp.zeros([], jnp.int32), inner_state=_strong(inner)
-        )
+        return VolumizedState(jnp.zeros([], jnp.int32), _strong(inner))
 
     def update_fn(updates, state, params=None, **extra_args):
         check_params(params)
@@ -172,7 +167,7 @@ def volumized(
 
         inner, _ = map_moments(damped, inner, params)
         count = jnp.where(stepped, optax.safe_increment(state.count), state.count)
-        return updates, VolumizedState(count=count, inner_state=_strong(inner))
+        return updates, VolumizedState(count, _strong(inner))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -35,8 +35,7 @@ def cnn_exponents(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
 
     Args:
       params: Any tree of parameters.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean, and hence which are convolutions: see
         `weight_layers`.
 

@@ -69,9 +69,8 @@ def parseval(
       beta: 0 or more: a number, a traced scalar or a schedule of the step count. Cisse
         et al. take 1e-4. A change that small is lost in the rounding of weights of 16
         bits.
-      mask: Which leaves to change: a tree of booleans, or a function of the parameters
-        that makes one. By default `weight_mask` decides. The output layer is usually
-        left out; Cisse et al. give it weight decay instead.
+      mask: Which leaves to change, as booleans or a function: see `weight_mask`. The
+        output layer is usually left out. Cisse et al. give it weight decay instead.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which are changed one by one.
 

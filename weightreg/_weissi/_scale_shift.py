@@ -58,8 +58,7 @@ def shift_scales(
         beside each stay as they are. ``None`` means all weights in the order of
         `weight_layers`, which goes by names (``Dense_2`` before ``Dense_10``, but also
         ``hidden`` before ``input``). Other floating leaves are then an error.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one, and must be the leading ones.
 
@@ -127,8 +126,7 @@ def balance_scales(
         `WeightLayer`, the path of a weight or that of its module (``"Dense_0"``). All
         leaves but their weights and the ``bias`` beside each stay as they are. ``None``
         means all weights in the order of `weight_layers`.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one, and must be the leading ones.
 
@@ -175,8 +173,7 @@ def minimum_weight_decay(
 
     Args:
       params: Any tree of parameters.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one.
 

@@ -90,8 +90,7 @@ def weissi(
       complexity_norm: ``g``, which may be any of the norms that ``norm`` may be.
       exponents: ``n_l >= 0``: a number, a tree that matches the parameters or a prefix
         of them, or a function of the parameters that makes one (see `cnn_exponents`).
-      mask: Which leaves to penalize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves to penalize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one. It matters to the spectral norm,
         to pairs of a different p and q, and to `cnn_exponents`.
@@ -193,8 +192,7 @@ def add_weissi(
         vectors that the state carries from step to step. Their estimate is at most the
         norm, but for rounding, and follows it while weights change slowly. ``None``
         computes the norm exactly.
-      mask: Which leaves to penalize: a tree of booleans, or a function of the
-        parameters that makes one. By default `weight_mask` decides.
+      mask: Which leaves to penalize, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one.
 
@@ -285,8 +283,7 @@ def weight_energy(
         ``(p, q)`` with p within a unit and q across units, from 1 to infinity.
       exponents: ``n_l >= 0``: a number, a tree that matches the parameters or a prefix
         of them, or a function of the parameters that makes one.
-      mask: Which leaves to count: a tree of booleans, or a function of the parameters
-        that makes one. By default `weight_mask` decides.
+      mask: Which leaves to count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`.
 
     Returns:
@@ -324,8 +321,7 @@ def log_weight_energy(
         ``(p, q)`` with p within a unit and q across units, from 1 to infinity.
       exponents: ``n_l >= 0``: a number, a tree that matches the parameters or a prefix
         of them, or a function of the parameters that makes one.
-      mask: Which leaves to count: a tree of booleans, or a function of the parameters
-        that makes one. By default `weight_mask` decides.
+      mask: Which leaves to count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`.
 
     Returns:
@@ -364,8 +360,7 @@ def layer_complexity(
       norm: ``eta``, one of ``"frobenius"``, ``"l1"`` and ``"spectral"``, or a pair
         ``(p, q)`` with p within a unit and q across units, from 1 to infinity.
       complexity_norm: ``g``, which may be any of the norms that ``norm`` may be.
-      mask: Which leaves to count: a tree of booleans, or a function of the parameters
-        that makes one. By default `weight_mask` decides.
+      mask: Which leaves to count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`.
 
     Returns:
