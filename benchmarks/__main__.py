@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -68,7 +69,7 @@ def compare(options: argparse.Namespace, console: Console) -> int:
     given |= {"adversarial": options.adversarial, "data_dir": options.data_dir}
     for name in ("methods", "augment", "deploy"):
         named = getattr(options, name)
-        given[name] = named and tuple(named.split(","))
+        given[name] = None if named is None else tuple(filter(None, named.split(",")))
     given["mapping"] = _mapping(options.mapping)
     from benchmarks.settings import Settings
 
@@ -154,8 +155,8 @@ def cost(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.cost import run
 
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=options.out):
-        pass  # rather than to fail after all has been measured
+    with tempfile.TemporaryFile(dir=options.out) as probe:
+        probe.write(bytes(2**16))  # a full disk is noticed before all is measured
     with console.status("measuring"):
         result = run(options.side, options.rounds)
     words = ["cost", jax.default_backend()]
@@ -188,24 +189,39 @@ def show(file: pathlib.Path, console: Console, out: pathlib.Path | None = None) 
     from benchmarks import plots
     from benchmarks.report import cost_markdown, deployed_table, table, verdict
 
-    result, plotted = record.load(file), []
-    if record.is_cost(result):
-        console.print(cost_markdown(result), highlight=False)
-    else:
-        console.print(table(result))
-        for line in verdict(result):
-            console.print(line, highlight=False)
-        if "deployed" in result:
-            console.print(deployed_table(result))
-        plotted = plots.draw(result, out or file)
-    lines = [f"The result is in {file}."]
-    lines += [f"wrote {path}" for path in plotted]
+    result, where = record.load(file), f"The result is in {file}."
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    try:
+        if record.is_cost(result):
+            console.print(cost_markdown(result), highlight=False)
+            say(where)
+        else:
+            console.print(table(result))
+            for line in verdict(result):
+                console.print(line, highlight=False)
+            if "deployed" in result:
+                console.print(deployed_table(result))
+            say(where)
+            for path in plots.draw(result, out or file):
+                say(f"wrote {path}")
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        StopIteration,
+        ArithmeticError,
+    ) as error:
+        raise ValueError(
+            f"{file} must be as `python -m benchmarks` writes it, but has a value that "
+            f"cannot be shown ({type(error).__name__}: {error})."
+        ) from error
+    lines = []
     if (complete := record.complete_of(file)) != file and complete.is_file():
         lines.append(f"{complete}, which is complete, stands as it was.")
     for left in record.partials(file):
         lines.append(f"{left} is of another run, interrupted or still going on.")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def _cores() -> int:
@@ -224,7 +240,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _count(text: str) -> int:
     """An argument that counts something."""
-    if not (text.isdecimal() and int(text) > 0):
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(
             f"must be a whole number of at least 1, but is {text}."
         )

@@ -73,9 +73,25 @@ def run(
     """
     data = data_module.load(settings.dataset, settings.data_dir)
     result = _header(settings, data) | (mark or {})
-    record.refuse_another(result["settings"], out)
+    record.refuse_another(result["settings"], out, result["data"])
     partial = partial or record.partial(out)
     record.save(result, partial)
+    try:
+        _measure(settings, data, result, partial, tick)
+        result["complete"] = True
+        record.save(result, out)
+    except BaseException:
+        if not result["results"]:  # nothing is finished that could be kept
+            partial.unlink(missing_ok=True)
+        raise
+    partial.unlink(missing_ok=True)
+    return result
+
+
+def _measure(
+    settings: Settings, data: Dataset, result: dict, partial: pathlib.Path, tick: Tick
+) -> None:
+    """Adds to a result what is measured, and keeps what is finished in a file."""
     source = _source(data, settings, tick)
     kept = {}
     for name in settings.methods:
@@ -91,10 +107,7 @@ def run(
         result["deployed"] = deploy(kept, data, settings)
         record.save(result, partial)
     result["relative_step_time"] = step_times(data, settings, result["results"])
-    result["complete"] = True
-    record.save(result, out)
-    partial.unlink(missing_ok=True)
-    return result
+    record.save(result, partial)
 
 
 def tune(name: str, data: Dataset, settings: Settings, tick: Tick) -> dict:
@@ -402,6 +415,7 @@ def _header(settings: Settings, data: Dataset) -> dict:
             "train": len(split_of(data, settings)[0]),
             "validation": len(split_of(data, settings)[1]),
             "test": len(data.y_test),
+            "sha256": data.digest(),
         },
         **environment(),
         "results": {},

@@ -94,8 +94,8 @@ def measure(
       model: Of all of them.
       networks: A form, and variables, under a name each.
       x: Inputs, as many as the largest of `BATCHES`.
-      rounds: As in `relative_times`.
-      seconds: As in `relative_times`, for each batch.
+      rounds: How often each is timed, at most.
+      seconds: How long the timing of each batch may take.
     """
     stored = {name: form.store(v) for name, (form, v) in networks.items()}
     found = {

@@ -102,9 +102,9 @@ def examples(
         that shape with 8 bits a channel and a label of that many classes.
     """
     for name in (image, "label"):
-        if name not in table.column_names:
+        if table.column_names.count(name) != 1:
             raise ValueError(
-                f"{where}: expected a column {name!r}, but the columns are "
+                f"{where}: expected one column {name!r}, but the columns are "
                 f"{', '.join(table.column_names) or 'none'}."
             )
     if not table.num_rows:

@@ -141,7 +141,7 @@ class Rescaled:
     """An equivalent norm, but of a squared norm that differs between layers.
 
     Args:
-      center: As in ``weightreg.equivalent_norm``, of every unit.
+      center: Whether every unit's mean is taken away first.
       squared_norm: From a ``WeightLayer``.
     """
 

@@ -47,11 +47,10 @@ What the comparisons measured; what follows for a method is on its card.
 ## Nine trials are too few
 
 Few trials tell who was lucky in tuning. On [MNIST with 80 % wrong
-labels](#quantization-cpu-mnist-noise80), nine for each method put binary networks far
-ahead of weight decay, and more than four times as many took most of that lead away. No
-file holds that second run, so it is no result, and the lead is taken back until it has
-been measured with enough trials. Tables with fewer than {ENOUGH_TRIALS} trials a method
-rank nothing, and say so.
+labels](#quantization-cpu-mnist-noise80), nine for each method put binary networks ahead
+of weight decay. That lead is taken back until it has been measured with enough trials.
+Below tables with fewer than {ENOUGH_TRIALS} trials a method, the sentences on which one
+has the highest accuracy describe the table and do not rank the methods.
 
 ## How to run them again
 

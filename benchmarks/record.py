@@ -83,7 +83,7 @@ def save(result: dict, out: pathlib.Path) -> None:
 
     Raises:
       ValueError: It has an infinity or NaN, which JSON has not.
-      OSError: As in `write`.
+      OSError: The file cannot be written. What stood there before stands there still.
     """
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write(text.encode(), out)
@@ -163,25 +163,31 @@ def is_cost(result: dict) -> bool:
     return "optimizers" in result
 
 
-def refuse_another(settings: dict, out: pathlib.Path) -> None:
-    """Refuses to write a comparison over one of other settings.
+def refuse_another(settings: dict, out: pathlib.Path, data: dict | None = None) -> None:
+    """Refuses to write a comparison over one of other settings or other data.
 
     Files of other settings have other names, unless what a default or a paper's table
     is has changed since. What an older file does not tell cannot differ.
 
+    Args:
+      settings: Of the comparison.
+      out: Where it is to be written.
+      data: What its file will say of the data, if these are loaded already.
+
     Raises:
-      ValueError: The file is of other settings, or no result.
+      ValueError: The file is of other settings or data, or no result.
     """
     if not out.exists():
         return
-    old = load(out).get("settings", {})
-    new = json.loads(json.dumps(settings))
-    for name in old.keys() & new.keys() - {"mapping"}:
-        if old[name] != new[name]:
-            raise ValueError(
-                f"{out} holds another comparison, whose {name} is {old[name]}, not "
-                f"{new[name]}: move it away, or write into another folder."
-            )
+    known = load(out)
+    for kind, given in (("settings", settings), ("data", data or {})):
+        old, new = known.get(kind, {}), json.loads(json.dumps(given))
+        for name in sorted(old.keys() & new.keys() - {"mapping"}):
+            if old[name] != new[name]:
+                raise ValueError(
+                    f"{out} holds another comparison, whose {name} is {old[name]}, not "
+                    f"{new[name]}: move it away, or write into another folder."
+                )
 
 
 def _check(value: Any, expected: Any, where: str, file: pathlib.Path) -> None:

@@ -109,6 +109,8 @@ class Settings:
             raise ValueError(
                 f"deploy must be among methods, but {', '.join(unknown)} is not."
             )
+        if len(set(self.deploy)) < len(self.deploy):
+            raise ValueError(f"deploy must be named once each, not {self.deploy}.")
         if self.deploy and METHODS[self.deploy[0]].levels:
             raise ValueError(
                 "deploy must begin with a network in float32, which the others are "

@@ -1,5 +1,7 @@
 """Data sets, their splits and label noise."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,3 +76,12 @@ def test_parquet_files_are_read(name, column, shape, tmp_path):
 def test_a_folder_for_data_that_has_no_files_is_refused(tmp_path):
     with pytest.raises(ValueError, match="data_dir must not be given for digits"):
         data.load("digits", str(tmp_path))
+
+
+def test_other_examples_have_another_digest(digits):
+    other = digits.x_train.copy()
+    other[0, 0] += 0.5
+    assert digits.digest() == data.load("digits").digest()
+    assert digits.digest() != dataclasses.replace(digits, x_train=other).digest()
+    swapped = dataclasses.replace(digits, y_train=digits.y_train[::-1])
+    assert digits.digest() != swapped.digest()

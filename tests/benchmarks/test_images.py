@@ -71,7 +71,9 @@ def test_integers_may_be_of_any_width(kind, mnist):
 def test_missing_columns_are_refused(column, mnist):
     file, other = mnist / "test.parquet", {"label": "image", "image": "label"}[column]
     replace_column(file, column, None)
-    refused(mnist, f"{file}: expected a column '{column}', but the columns are {other}")
+    refused(
+        mnist, f"{file}: expected one column '{column}', but the columns are {other}"
+    )
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

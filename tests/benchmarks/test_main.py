@@ -41,6 +41,7 @@ COMMAND = ["compare", *SMALL, "--methods", ",".join(COMPARED)]
 def test_what_does_not_fit_the_data_is_refused(given, message, tmp_path, capsys):
     assert cli.main(["compare", *given, "--out", str(tmp_path)]) == 2
     assert re.search(message, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []  # there is nothing that could be kept
 
 
 @pytest.fixture(scope="module")
@@ -345,3 +346,35 @@ def test_missing_data_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     assert cli.main(command) == 2
     assert "--data-dir DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("deployed",), {}),
+        (("settings", "sensitivity"), 5),
+        (("settings", "augment"), 5),
+        (("settings", "noise"), 10**400),
+        (("results", "none", "test_accuracy"), []),
+        (("results", "none", "test_accuracy"), ["a"]),
+        (("results", "none", "tuning", "at_edge"), [1]),
+    ],
+)
+def test_a_damaged_value_is_told_with_its_file(path, value, tmp_path, capsys):
+    result = json.loads((ROOT / "benchmarks/results/digits-noise40.json").read_text())
+    inner = result
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    file = tmp_path / "damaged.json"
+    file.write_text(json.dumps(result))
+    assert cli.main(["report", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {file} must be as")
+
+
+def test_empty_names_are_no_names(tmp_path, capsys):
+    """An empty list of augmentations is that of the defaults, not one of its own."""
+    empty = ["--augment", "", "--deploy", "", "--methods", ""]
+    assert cli.main(["compare", *empty, "--out", str(tmp_path)]) == 2
+    assert "methods must be one or more" in capsys.readouterr().err

@@ -143,6 +143,10 @@ def test_a_comparison_is_not_written_over_one_of_other_settings(tmp_path):
     result["settings"] |= {"epochs": 80, "mapping": "vmap"}
     record.save(result, out)
     record.refuse_another({"epochs": 80, "mapping": "devices"}, out)
+    result["data"]["sha256"] = "of other examples"
+    record.save(result, out)
+    with pytest.raises(ValueError, match=r"whose sha256 is of other examples, not "):
+        compare.run(Settings.of("digits"), out)
 
 
 def test_partial_files_know_what_they_are_of(tmp_path):

@@ -34,6 +34,7 @@ from benchmarks.settings import COUNTS, RADII, Settings
         ({"tune_for": "luck"}, "tune_for must be among accuracy"),
         ({"methods": ("binary_paper",), "optimizer": "momentum"}, "are for adam"),
         ({"deploy": ("binary",)}, "deploy must be among methods, but binary is not"),
+        ({"deploy": ("none", "none")}, "deploy must be named once each"),
         ({"methods": ("binary",), "deploy": ("binary",)}, "begin with .* float32"),
         ({"examples": 0}, "examples must be at least 1"),
         ({"restarts": 1}, "restarts must be at least 2"),

@@ -391,3 +391,16 @@ def test_sums_are_rounded_before_they_are_compared():
     tx = wr.quantize_every(1, "ternary", 0.5)
     updates, _ = jax.jit(tx.update)(u, tx.init(params), params)
     assert optax.apply_updates(params, updates)["w"] == 0
+
+
+@pytest.mark.parametrize("wrong", [Dims((0, 0), 1), Dims((0, 7), 1), Dims((), 1)])
+def test_axes_that_a_weight_does_not_have_are_refused(wrong):
+    params = {"k": jnp.ones((3, 4))}
+    for call in (
+        lambda: wr.binarize(params, 0.5, dims={"k": wrong}),
+        lambda: wr.level_distances(params, 0.5, "binary", dims={"k": wrong}),
+        lambda: wr.quantize_every(2, "binary", 0.5, dims={"k": wrong}).init(params),
+        lambda: wr.pack(params, 0.5, "binary", dims={"k": wrong}),
+    ):
+        with pytest.raises(ValueError, match=r"dims gives .* for \['k'\]"):
+            call()

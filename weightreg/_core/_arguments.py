@@ -164,7 +164,7 @@ def refuse_step_count(argument: str, params: Any) -> None:
         jnp.result_type(params), jnp.integer
     ):
         raise TypeError(
-            f"{argument}: a function of the parameters got a step count. Under "
+            f"{argument} must be called with parameters, but got a step count. Under "
             f"optax.inject_hyperparams pass static_args={argument!r}, since it takes "
             "every function for a schedule."
         )
@@ -263,6 +263,14 @@ def each_with_update(
                 f"{show_path(paths[index][0])}, where params has {leaf.shape}."
             )
         yield index, leaf, jnp.asarray(flat[index])
+
+
+def spread(params: Any, values: Mapping[int, Any], otherwise: Any) -> Any:
+    """A tree like ``params`` with values at some positions, and one value elsewhere."""
+    structure = jax.tree.structure(params)
+    return structure.unflatten(
+        [values.get(index, otherwise) for index in range(structure.num_leaves)]
+    )
 
 
 def replaced(tree: Any, new: Mapping[int, Any], params: Any) -> Any:

@@ -21,8 +21,9 @@ from weightreg._core._weights import WeightLayer
 Norm: TypeAlias = str | tuple[float, float]
 """One of ``"frobenius"``, ``"l1"`` and ``"spectral"``, or a pair ``(p, q)``."""
 
+FROBENIUS: Norm = (2.0, 2.0)
 _NAMED: dict[str, Norm] = {
-    "frobenius": (2.0, 2.0),
+    "frobenius": FROBENIUS,
     "l1": (1.0, 1.0),
     "spectral": "spectral",
 }
@@ -91,8 +92,8 @@ def measure(weight: jax.Array, norm: Norm, axes: Axes) -> tuple[Scaled, jax.Arra
     """The norm of every layer in a leaf, and its gradient by the leaf.
 
     The norms have the leaf's shape with ones for the layer's own axes, and the gradient
-    has the leaf's shape. It is 0 where there is none, for a layer of zeros, and 0 at
-    zeros of weights and units where there are several. Both are in float32 at least.
+    has the leaf's shape. It is 0 where there is none, at a layer of zeros, and where
+    there are several, at a weight or unit of zeros. Both are in float32 at least.
     """
     weight = weight.astype(compute_dtype(weight.dtype))
     both = axes.inputs + axes.outputs
@@ -122,7 +123,7 @@ def measure(weight: jax.Array, norm: Norm, axes: Axes) -> tuple[Scaled, jax.Arra
     return Scaled(size, exponent), within * across
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # It is traced once a shape.
+@functools.partial(jax.jit, static_argnums=(1, 2))  # Equal shapes share a trace.
 def norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
     """The norms that `measure` gives, whose derivative is the gradient that it gives.
 

@@ -182,7 +182,7 @@ def check_wrapped(module: Any, kind: type, norm: Any) -> None:
         raise TypeError(f"norm must be what equivalent_norm returns, not {norm!r}.")
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # It is traced once a shape.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # Equal shapes share a trace.
 def _mapped(
     w: jax.Array, norm: jax.typing.ArrayLike, scope: str, center: bool, axes: Axes
 ) -> jax.Array:

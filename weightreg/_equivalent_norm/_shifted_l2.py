@@ -194,7 +194,7 @@ def add_shifted_l2(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # It is traced once a shape.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # Equal shapes share a trace.
 def _value(w, epsilon, scope: str, center: bool, axes: Axes) -> jax.Array:
     """The sum of ``(c_j - e)**2 + k mu_j**2`` with the norms ``c_j`` of deviations."""
     size, aim, mean, count = _prepare(w, epsilon, scope, center, axes)
@@ -212,7 +212,7 @@ def _value_jvp(scope, center, axes, primals, tangents):
     return _value(w, epsilon, scope, center, axes), out_dot
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))  # It is traced once a shape.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))  # Equal shapes share a trace.
 def _gradient(w, strength, epsilon, scope: str, center: bool, axes: Axes) -> jax.Array:
     """The gradient of the penalty by one leaf."""
     w = w.astype(compute_dtype(w.dtype))

@@ -15,12 +15,7 @@ from weightreg._core._arguments import each, is_real, replaced, show_path
 from weightreg._core._mesh import gathered
 from weightreg._core._packed_weight import PackedWeight
 from weightreg._core._weights import Dims, Mask, is_packed, stack_axes
-from weightreg._quantization._quantize import (
-    check_levels,
-    codes,
-    level,
-    scales_of,
-)
+from weightreg._quantization._quantize import check_levels, codes, level, scales_of
 
 
 def pack(
@@ -165,7 +160,7 @@ def _one_per_layer(path, scale, leaf, stacked) -> jax.Array:
     return jnp.broadcast_to(scale.reshape(kept or (1,) * len(stack)), stack)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # traced once for one shape
+@functools.partial(jax.jit, static_argnums=(2, 3))  # Equal shapes share a trace.
 def _encode(w, scale, levels, stacked) -> PackedWeight:
     shape = tuple(n for axis, n in enumerate(w.shape) if axis not in stacked)
     stack, count = scale.shape, math.prod(shape)

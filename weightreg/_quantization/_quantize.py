@@ -44,7 +44,7 @@ def binarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None) 
       volume: The height ``V`` of the levels: a finite number, a tree of these (or a
         prefix), or a function of the parameters such as `he_volume`.
       mask: Which leaves to binarize, as booleans or a function: see `weight_mask`.
-      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+      dims: Which leaves are weights without ``mask``, and their axes: `weight_layers`.
 
     Returns:
       The parameters, of the same structure, shapes and dtypes. Leaves that are no
@@ -86,7 +86,7 @@ def ternarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None)
       volume: The height ``V`` of the levels: a finite number, a tree of these (or a
         prefix), or a function of the parameters such as `he_volume`.
       mask: Which leaves to ternarize, as booleans or a function: see `weight_mask`.
-      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+      dims: Which leaves are weights without ``mask``, and their axes: `weight_layers`.
 
     Returns:
       The parameters, of the same structure, shapes and dtypes. Leaves that are no
@@ -210,7 +210,7 @@ def quantize_every(
       volume: The height ``V`` of the levels: a finite number, schedule or traced array,
         a tree of these or a prefix of one, or a function of the parameters.
       mask: Which leaves to quantize, as booleans or a function: see `weight_mask`.
-      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+      dims: Which leaves are weights without ``mask``, and their axes: `weight_layers`.
 
     Returns:
       A transformation that needs ``params``. Updates keep their dtype, except that
@@ -281,6 +281,7 @@ def scales_of(
     the step ``count``; without one they are refused.
     """
     check_argument(volume)
+    stack_axes(params, dims)  # refuses axes that a weight does not have
     volumes = volumes_of(caller, params, volume, mask, dims, count)
     paths = jax.tree_util.tree_leaves_with_path(params)
     return {
@@ -351,7 +352,7 @@ def _quantize(
     return replaced(params, nearest, params)
 
 
-@functools.partial(jax.jit, static_argnums=2)  # traced once for all weights of a shape
+@functools.partial(jax.jit, static_argnums=2)  # Equal shapes share a trace.
 def _nearest(w: jax.Array, scale: jax.Array, levels: str) -> jax.Array:
     """Moves every weight to its level; NaN has none."""
     return jnp.where(jnp.isnan(w), w, level(*codes(w, scale, levels), scale))

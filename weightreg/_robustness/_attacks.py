@@ -22,12 +22,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from weightreg._core._arguments import (
-    check_count,
-    check_shape,
-    compute_dtype,
-    is_real,
-)
+from weightreg._core._arguments import check_count, check_shape, compute_dtype, is_real
 
 Loss = Callable[[jax.Array, Any], jax.Array]
 Bounds = tuple[ArrayLike, ArrayLike] | None

@@ -9,6 +9,7 @@ import numpy as np
 
 from weightreg._core._chain import LayerOrder, chain_norms, chain_of, stack_of
 from weightreg._core._norms import (
+    FROBENIUS,
     Axes,
     Scaled,
     cumulative_product,
@@ -18,7 +19,6 @@ from weightreg._core._norms import (
 )
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
 
-_FROBENIUS = (2.0, 2.0)
 _BOUNDS = ("frobenius", "spectral")
 
 
@@ -113,7 +113,7 @@ class GbrBounds(NamedTuple):
 
     Attributes:
       log_product: The logarithm of the product of squared norms.
-      log_mean_power: That of the mean of squared norms to the power of their number.
+      log_mean_power: The logarithm of their mean to the power of their number.
     """
 
     log_product: jax.Array
@@ -165,7 +165,7 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
     layers = weight_layers(params, mask=mask, dims=dims)
     if not layers:
         return GbrBounds(jnp.zeros([]), jnp.zeros([]))
-    return _gbr_bounds(chain_norms(params, layers, _FROBENIUS))
+    return _gbr_bounds(chain_norms(params, layers, FROBENIUS))
 
 
 @jax.jit
@@ -206,7 +206,7 @@ def _window_roots(layer: WeightLayer) -> np.ndarray:
 def _unit_norms(params: Any, layer: WeightLayer) -> Scaled:
     """The norm of all that feeds each unit, of the last layer where it is a stack."""
     weight = jnp.asarray(jax.tree.leaves(params)[layer.index])
-    size = norm_of(weight, _FROBENIUS, Axes(layer.input_axes, ()))
+    size = norm_of(weight, FROBENIUS, Axes(layer.input_axes, ()))
     units = tuple(layer.shape[a] for a in sorted(layer.output_axes))
     shape = (math.prod(stack_of(layer)), *units)
     return Scaled(size.fraction.reshape(shape)[-1], size.exponent.reshape(shape)[-1])

@@ -11,9 +11,7 @@ from jax import lax
 
 from weightreg._core._arguments import check_count, compute_dtype, show_path
 from weightreg._core._mesh import gathered, placed
-from weightreg._core._norms import Axes, Scaled, norm_of, or_one
-
-_FROBENIUS = (2.0, 2.0)
+from weightreg._core._norms import FROBENIUS, Axes, Scaled, norm_of, or_one
 
 
 def input_gradient_norms(
@@ -75,7 +73,7 @@ def input_gradient_norms(
     def norms(example: jax.Array, *rest: Any) -> jax.Array:
         jacobian = _jacobian(f, example, rest)
         inputs = tuple(range(jacobian.ndim - example.ndim, jacobian.ndim))
-        size = norm_of(jacobian, _FROBENIUS, Axes(inputs, ()))
+        size = norm_of(jacobian, FROBENIUS, Axes(inputs, ()))
         return jnp.squeeze(size.value(), inputs)
 
     return _map(norms, (x, *args), batch_size)
@@ -281,7 +279,7 @@ def gbr(
     if probes is None:
         return jnp.mean(found)
     means, errors = found
-    error = norm_of(errors, _FROBENIUS, Axes((0,), ())).value().reshape(())
+    error = norm_of(errors, FROBENIUS, Axes((0,), ())).value().reshape(())
     return Estimate(jnp.mean(means), error / errors.size)
 
 
@@ -380,7 +378,7 @@ def _projected(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _square(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
     """Squared Frobenius norms, infinite or 0 only where they are out of range."""
-    size = norm_of(x, _FROBENIUS, Axes(axes, ()))
+    size = norm_of(x, FROBENIUS, Axes(axes, ()))
     return Scaled(size.fraction**2, 2 * size.exponent).value()
 
 

@@ -46,7 +46,7 @@ def confine(
     return updates, {i: outside for i, (_, outside) in pulled.items()}
 
 
-@jax.jit  # traced once for all weights of one shape
+@jax.jit  # Equal shapes share a trace.
 def _pull(p, u, volume, alpha, stepped):
     """One weight's update, and where the weight was outside.
 

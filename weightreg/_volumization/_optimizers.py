@@ -169,15 +169,15 @@ def volumized_sgd(
       nesterov: Whether the step looks ahead by Nesterov's rule, as ``optax.sgd`` does.
       accumulator_dtype: Dtype of the momentum, by default the parameter's.
       mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
-      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+      dims: Which leaves are weights without ``mask``, and their axes: `weight_layers`.
 
     Returns:
       An optimizer that needs ``params``.
 
     Raises:
-      ValueError: A number is out of its range, a tree does not match the parameters, a
-        rule meets a leaf without fans, or ``update`` is not given ``params``.
-      TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
+      ValueError: A number is out of its range, a tree or the updates do not match the
+        parameters, a rule meets a leaf without fans, or ``params`` are not passed.
+      TypeError: A number is none, or a weight is no float of 16, 32 or 64 bits.
 
     References:
       Ziyin et al., Volumization, 2020, Algorithm 2.
@@ -229,15 +229,15 @@ def volumized_adam(
         does.
       mu_dtype: Dtype of the first moment, by default the parameter's.
       mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
-      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+      dims: Which leaves are weights without ``mask``, and their axes: `weight_layers`.
 
     Returns:
       An optimizer that needs ``params``.
 
     Raises:
-      ValueError: A number is out of its range, a tree does not match the parameters, a
-        rule meets a leaf without fans, or ``update`` is not given ``params``.
-      TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
+      ValueError: A number is out of its range, a tree or the updates do not match the
+        parameters, a rule meets a leaf without fans, or ``params`` are not passed.
+      TypeError: A number is none, or a weight is no float of 16, 32 or 64 bits.
 
     References:
       Ziyin et al., Volumization, 2020, Algorithm 3, whose update line is garbled and
@@ -279,15 +279,15 @@ def volumized_laprop(
       mu_dtype: Dtype of the average of normalized gradients, by default the
         parameter's.
       mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
-      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+      dims: Which leaves are weights without ``mask``, and their axes: `weight_layers`.
 
     Returns:
       An optimizer that needs ``params``.
 
     Raises:
-      ValueError: A number is out of its range, a tree does not match the parameters, a
-        rule meets a leaf without fans, or ``update`` is not given ``params``.
-      TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
+      ValueError: A number is out of its range, a tree or the updates do not match the
+        parameters, a rule meets a leaf without fans, or ``params`` are not passed.
+      TypeError: A number is none, or a weight is no float of 16, 32 or 64 bits.
 
     References:
       Ziyin et al., Volumization, 2020, Algorithm 4.
@@ -300,7 +300,7 @@ def volumized_laprop(
     return volumized(optimizer, volume, alpha, mask=mask, dims=dims)
 
 
-@jax.jit  # traced once for all weights of one shape
+@jax.jit  # Equal shapes share a trace.
 def _laprop_step(g, mu, nu, rates, corrections, eps):
     """Makes one leaf's update, and its new ``mu`` and ``nu``."""
     b1, c1, b2, c2 = rates

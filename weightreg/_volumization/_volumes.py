@@ -21,6 +21,7 @@ from weightreg._core._arguments import (
     match,
     refuse_step_count,
     show_path,
+    spread,
 )
 from weightreg._core._weights import (
     Dims,
@@ -38,8 +39,8 @@ class VolumeRule:
 
     Attributes:
       volumes: A function from all layers to one volume for each.
-      mask: Which leaves are weights; by default `volumize` says it.
-      dims: What their axes mean; by default `volumize` says it.
+      mask: Which leaves are weights, by default the ``mask`` given to `volumize`.
+      dims: What their axes mean, by default the ``dims`` given to `volumize`.
     """
 
     volumes: Callable[[tuple[WeightLayer, ...]], list[Number]]
@@ -52,10 +53,9 @@ class VolumeRule:
         mask = mask if self.mask is None else self.mask
         dims = dims if self.dims is None else self.dims
         layers = weight_layers(params, mask=mask, dims=dims)
-        leaves: list[Number | None] = [None] * len(jax.tree.leaves(params))
-        for layer, volume in zip(layers, self.volumes(layers), strict=True):
-            leaves[layer.index] = volume
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        indices = (layer.index for layer in layers)
+        volumes = dict(zip(indices, self.volumes(layers), strict=True))
+        return spread(params, volumes, None)
 
 
 def he_volume(
@@ -74,11 +74,8 @@ def he_volume(
       v: The box in units of that support: a number, a traced array or a schedule.
         The paper takes it from {0.25, 0.5, 1, 2}; smaller regularizes more.
       fan: ``"out"`` as in the paper, ``"in"``, or ``"avg"`` for their mean.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default the ``mask`` of `volumize` decides, and
-        without one `weight_mask`.
-      dims: What the axes of the weights mean: see `weight_layers`. By default the
-        ``dims`` of `volumize` say it.
+      mask: Which leaves count, if not what `volumize` is told: see `weight_mask`.
+      dims: What their axes mean, if not what `volumize` is told: see `weight_layers`.
 
     Returns:
       A function from parameters to a tree of volumes, ``None`` where a leaf is no
@@ -86,6 +83,7 @@ def he_volume(
 
     Raises:
       ValueError: ``fan`` is none of the three, or ``v`` is negative or NaN.
+      TypeError: ``v`` is no number, array or schedule.
 
     References:
       Ziyin et al., Volumization as a Natural Generalization of Weight Decay, 2020,
@@ -140,11 +138,8 @@ def lipschitz_volume(
     Args:
       bound: Lipschitz constant ``c`` of the whole network, greater than or equal to
         0: a number, a traced array or a schedule. Stacked layers count one by one.
-      mask: Which leaves are weights: a tree of booleans, or a function of the
-        parameters that makes one. By default the ``mask`` of `volumize` decides, and
-        without one `weight_mask`.
-      dims: What the axes of the weights mean: see `weight_layers`. By default the
-        ``dims`` of `volumize` say it.
+      mask: Which leaves count, if not what `volumize` is told: see `weight_mask`.
+      dims: What their axes mean, if not what `volumize` is told: see `weight_layers`.
 
     Returns:
       A function from parameters to a tree of volumes, ``None`` where a leaf is no
@@ -152,6 +147,7 @@ def lipschitz_volume(
 
     Raises:
       ValueError: ``bound`` is negative or NaN.
+      TypeError: ``bound`` is no number, array or schedule.
 
     References:
       Ziyin et al., 2020, Propositions 4.1 and 4.2 (for :math:`c = 1`); the square

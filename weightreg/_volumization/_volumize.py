@@ -44,13 +44,12 @@ def volumize(
       later link changes do not land on the wall.
 
     Args:
-      volume: The wall ``V >= 0``, in units of the weights: a number, a tree of numbers
-        that matches the parameters or a prefix of them, or a function of the parameters
-        that makes one, as `he_volume` and `lipschitz_volume` do. Numbers may be floats,
-        schedules, and arrays that broadcast to the weight, traced ones too.
+      volume: The wall ``V >= 0``: a number, schedule or array that broadcasts to the
+        weight, traced ones too; a tree of these, or a prefix of one; or a function of
+        the parameters that makes one, such as `he_volume`.
       alpha: The share of an excess that stays, in [-1, 1]; may be a schedule or traced.
       mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
-      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+      dims: Which leaves are weights without ``mask``, and their axes: `weight_layers`.
 
     Returns:
       A transformation that needs ``params``. Updates keep their dtype, except that
@@ -58,9 +57,9 @@ def volumize(
       cannot reach the box.
 
     Raises:
-      ValueError: A number is out of its range, a tree does not match the parameters, a
-        rule meets a leaf without fans, or ``update`` is not given ``params``.
-      TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
+      ValueError: A number is out of its range, a tree or the updates do not match the
+        parameters, a rule meets a leaf without fans, or ``params`` are not passed.
+      TypeError: A number is none, or a weight is no float of 16, 32 or 64 bits.
 
     References:
       Ziyin, Wang, Yamada, Ueda, Volumization as a Natural Generalization of Weight

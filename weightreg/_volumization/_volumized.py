@@ -106,7 +106,7 @@ def volumized(
         (or a prefix), or a function of the parameters such as `he_volume`.
       alpha: The share of an excess that stays, in [-1, 1]; may be a schedule or traced.
       mask: Which leaves to volumize, as booleans or a function: see `weight_mask`.
-      dims: What the axes of the weights mean, for rules: see `weight_layers`.
+      dims: Which leaves are weights without ``mask``, and their axes: `weight_layers`.
       require_momentum: Whether a volumized weight without a first moment (plain SGD,
         RMSProp) is an error. ``False`` says that it is meant.
 
@@ -118,7 +118,7 @@ def volumized(
         not match the parameters, a rule meets a leaf without fans, or ``update`` is
         not given ``params``; or a volumized weight has no first moment and
         ``require_momentum`` is true.
-      TypeError: A weight is no floating-point array of 16, 32 or 64 bits.
+      TypeError: A number is none, or a weight is no float of 16, 32 or 64 bits.
 
     References:
       Ziyin, Wang, Yamada, Ueda, Volumization as a Natural Generalization of Weight

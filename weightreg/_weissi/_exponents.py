@@ -14,6 +14,7 @@ from weightreg._core._arguments import (
     is_function,
     is_hole,
     match,
+    spread,
 )
 from weightreg._core._norms import Axes
 from weightreg._core._weights import (
@@ -57,10 +58,9 @@ def cnn_exponents(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
       {'conv': 2, 'out': 1}
     """
     refuse_step_count("exponents", params)
-    leaves: list[int | None] = [None] * len(jax.tree.leaves(params))
-    for layer in weight_layers(params, mask=mask, dims=dims):
-        leaves[layer.index] = 2 if layer.convolves else 1
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    layers = weight_layers(params, mask=mask, dims=dims)
+    powers = {layer.index: 2 if layer.convolves else 1 for layer in layers}
+    return spread(params, powers, None)
 
 
 class Weights(NamedTuple):
@@ -87,10 +87,8 @@ class Weights(NamedTuple):
 
     def tree(self, params: Any, values: list[Any]) -> Any:
         """A tree like ``params``, with a value for every weight and holes elsewhere."""
-        leaves: list[Any] = [optax.MaskedNode()] * len(jax.tree.leaves(params))
-        for index, value in zip(self.indices(), values, strict=True):
-            leaves[index] = value
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        placed = dict(zip(self.indices(), values, strict=True))
+        return spread(params, placed, optax.MaskedNode())
 
     def pick(self, params: Any, tree: Any) -> list[Any]:
         """The values that a tree made by `tree` has for the weights."""

@@ -45,7 +45,7 @@ def parseval(
     .. math::
       W \leftarrow (1 + \beta) \hat W - \beta \hat W \hat W^\top \hat W .
 
-    It is one of gradient descent on :math:`\frac \beta 4 \|W W^\top - I\|_F^2`. It
+    This is a step of gradient descent on :math:`\frac \beta 4 \|W W^\top - I\|_F^2`. It
     keeps the singular vectors of :math:`\hat W` and maps each singular value ``s`` to
     :math:`s + \beta s (1 - s^2)`, of which 0 and 1 are the fixed points. Alone, for
     :math:`0 < \beta \le 1`, it takes every :math:`0 < s < \sqrt{1 + 2 / \beta}` to 1,
@@ -189,7 +189,7 @@ def initial_logits(initial: Any, dtype: DTypeLike) -> jax.Array:
     return jnp.asarray(jnp.stack([half, 0 - half]), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))  # It is traced once a shape.
+@functools.partial(jax.jit, static_argnums=(3, 4))  # Equal shapes share a trace.
 def _step(p, u, beta, kept: tuple[int, ...], stacked: tuple[int, ...]):
     """The update with which one weight makes the step."""
     dtype = compute_dtype(p.dtype, u.dtype)

@@ -244,7 +244,7 @@ def penalty_gradients(form: Form, hyper: Hyper, sizes: list[Size]) -> list[jax.A
     return [_gradient(form, row, size) for row, size in zip(rows, sizes, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=0)  # It is traced once for every shape.
+@functools.partial(jax.jit, static_argnums=0)  # Equal shapes share a trace.
 def _gradient(form: Form, factors: jax.Array, size: Size) -> jax.Array:
     """The gradient by one weight, of which ``factors`` are the numbers by layer."""
     by_eta, by_g, *powers = factors.reshape(4, *size.eta.fraction.shape)

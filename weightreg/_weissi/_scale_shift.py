@@ -14,6 +14,7 @@ from jax.core import Tracer
 from weightreg._core._arguments import is_real
 from weightreg._core._chain import Chain, LayerOrder, chain_norms, chain_of, stack_of
 from weightreg._core._norms import (
+    FROBENIUS,
     Scaled,
     cumulative_product,
     normalize,
@@ -22,8 +23,6 @@ from weightreg._core._norms import (
     times_power,
 )
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
-
-_FROBENIUS = (2.0, 2.0)
 
 
 def shift_scales(
@@ -154,7 +153,7 @@ def balance_scales(
     chain = chain_of(params, layers, mask, dims)
     if not chain.layers:
         return params
-    factors = _balancing_factors(chain_norms(params, chain.layers, _FROBENIUS))
+    factors = _balancing_factors(chain_norms(params, chain.layers, FROBENIUS))
     return _rescale(params, chain, factors)
 
 
@@ -201,7 +200,7 @@ def minimum_weight_decay(
     layers = weight_layers(params, mask=mask, dims=dims)
     if not layers:
         return jnp.zeros([], jnp.float32)
-    return _minimum(chain_norms(params, layers, _FROBENIUS))
+    return _minimum(chain_norms(params, layers, FROBENIUS))
 
 
 @jax.jit
@@ -281,7 +280,7 @@ def _steps(factors: Scaled, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     )
 
 
-@functools.partial(jax.jit, static_argnums=3)  # It is traced once for every shape.
+@functools.partial(jax.jit, static_argnums=3)  # Equal shapes share a trace.
 def _times(
     x: jax.Array, steps: jax.Array, first: int, stack: tuple[int, ...]
 ) -> jax.Array:

@@ -274,8 +274,8 @@ def weight_energy(
 ) -> jax.Array:
     r"""The product of all layers' norms, :math:`\prod_l \eta(W_l)^{n_l}`.
 
-    It is infinite or 0 where it is out of the dtype's range, in which its logarithm,
-    `log_weight_energy`, nearly always is.
+    It is infinite or 0 where it is out of the dtype's range. Its logarithm,
+    `log_weight_energy`, hardly ever is.
 
     Args:
       params: Any tree of parameters.
@@ -288,6 +288,10 @@ def weight_energy(
 
     Returns:
       A scalar, in float32 at least.
+
+    Raises:
+      ValueError: A norm or an exponent is out of range, or a tree does not match.
+      TypeError: An exponent is no scalar.
 
     References:
       Liu, Cui, Chan, 2020, eq. 13, its first term.
@@ -327,6 +331,10 @@ def log_weight_energy(
     Returns:
       A scalar, in float32 at least.
 
+    Raises:
+      ValueError: A norm or an exponent is out of range, or a tree does not match.
+      TypeError: An exponent is no scalar.
+
     References:
       Liu, Cui, Chan, 2020, section 5.
 
@@ -365,6 +373,9 @@ def layer_complexity(
 
     Returns:
       A scalar, in float32 at least.
+
+    Raises:
+      ValueError: A norm is none, or ``mask`` or ``dims`` does not match the parameters.
 
     References:
       Liu, Cui, Chan, 2020, eq. 13, its second term.
