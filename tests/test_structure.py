@@ -14,16 +14,25 @@ import pytest
 import weightreg as wr
 
 HOME = pathlib.Path(wr.__file__).parent
-PARAMS = {
-    "Dense_0": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
-    "Dense_1": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
-}
 
 
-def link(make):
+def network(size):
+    """Parameters of a shape that is traced nowhere else, or it would not be here."""
+    return {
+        "Dense_0": {"kernel": jnp.ones((4, size)), "bias": jnp.ones(size)},
+        "Dense_1": {"kernel": jnp.ones((size, 2)), "bias": jnp.ones(2)},
+    }
+
+
+def link(make, params):
     """Makes, initializes and updates a transformation once."""
     tx = make()
-    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    tx.update(params, tx.init(params), params)
+
+
+def ones(params):
+    """Two examples of a shape of their own."""
+    return jnp.ones((2, len(params["Dense_0"]["bias"])))
 
 
 HALF = wr.he_volume(optax.linear_schedule(0.5, 0.25, 10))
@@ -41,15 +50,18 @@ LINKS = {
     "add_shifted_l2": lambda: wr.add_shifted_l2(1e-4, 1e-3),
 }
 CALLS = {name: functools.partial(link, make) for name, make in LINKS.items()} | {
-    "weissi": lambda: jax.grad(wr.weissi(1e-3, 1e-5))(PARAMS),
-    "equivalent_norm": lambda: wr.equivalent_norm()(PARAMS),
-    "shifted_l2": lambda: jax.grad(wr.shifted_l2(1e-4, 1e-3))(PARAMS),
-    "balance_scales": lambda: wr.balance_scales(PARAMS),
-    "input_gradient_bound": lambda: wr.input_gradient_bound(PARAMS),
-    "gbr": lambda: wr.gbr(jnp.sin, jnp.ones((2, 3)), batch_size=1),
-    "pgd": lambda: wr.pgd(lambda x, y: x.sum(-1), jnp.ones((2, 3)), None, 0.1, steps=1),
-    "pack": lambda: wr.unpack(wr.pack(PARAMS, wr.he_volume(0.5), "binary")),
+    "weissi": jax.grad(wr.weissi(1e-3, 1e-5)),
+    "equivalent_norm": wr.equivalent_norm(),
+    "shifted_l2": jax.grad(wr.shifted_l2(1e-4, 1e-3)),
+    "balance_scales": wr.balance_scales,
+    "input_gradient_bound": wr.input_gradient_bound,
+    "gbr": lambda params: wr.gbr(jnp.sin, ones(params), batch_size=1),
+    "pgd": lambda params: wr.pgd(
+        lambda x, y: x.sum(-1), ones(params), None, 0.1, steps=1
+    ),
+    "pack": lambda params: wr.unpack(wr.pack(params, wr.he_volume(0.5), "binary")),
 }
+SIZES = {name: 211 + i for i, name in enumerate(CALLS)}
 MOST = {"pack": 7}  # which is no transformation, and 6 for all others
 
 
@@ -80,10 +92,10 @@ def test_a_call_runs_through_few_files_and_only_downwards(name):
             if own in above:
                 upwards.add((*above, own))
 
-    jax.clear_caches()  # or what is compiled already would not run
+    params = network(SIZES[name])
     sys.settrace(tracer)
     try:
-        CALLS[name]()
+        CALLS[name](params)
     finally:
         sys.settrace(None)
     assert not upwards
