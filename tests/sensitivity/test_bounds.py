@@ -1,7 +1,6 @@
 """What the norms of weights bound the sensitivity to inputs by."""
 
 import functools
-import itertools
 
 import flax.linen as nn
 import jax
@@ -11,6 +10,7 @@ import pytest
 import quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlps import normal, norms_of, random_mlp, relu_mlp
 from optax.contrib import MuonDimensionNumbers as Dims
 
 from weightreg import input_gradient_bound, input_gradient_norms
@@ -19,32 +19,6 @@ KEY = jax.random.key(0)
 
 
 NORMS = ["frobenius", "spectral"]
-
-
-def norms_of(f, x, *args, **kwargs):
-    """Compiled, which takes less time than step by step."""
-    compiled = quick.jit(lambda x, *args: input_gradient_norms(f, x, *args, **kwargs))
-    return compiled(x, *args)
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def relu_mlp(params, x):
-    for layer in params[:-1]:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-    return x @ params[-1]["kernel"] + params[-1]["bias"]
-
-
-def random_mlp(rng, widths):
-    return [
-        {
-            "kernel": jnp.asarray(rng.normal(size=(a, b)), jnp.float32),
-            "bias": jnp.asarray(rng.normal(size=b), jnp.float32),
-        }
-        for a, b in itertools.pairwise(widths)
-    ]
 
 
 class Cnn(nn.Module):

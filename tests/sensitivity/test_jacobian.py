@@ -1,7 +1,6 @@
 """Input gradients, and what weights bound them by."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,34 +8,9 @@ import numpy as np
 import pytest
 import quick
 from jax import lax
+from mlps import normal, norms_of, random_mlp, relu_mlp
 
 from weightreg import input_gradient_bound, input_gradient_norms
-
-
-def norms_of(f, x, *args, **kwargs):
-    """Compiled, which takes less time than step by step."""
-    compiled = quick.jit(lambda x, *args: input_gradient_norms(f, x, *args, **kwargs))
-    return compiled(x, *args)
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def relu_mlp(params, x):
-    for layer in params[:-1]:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-    return x @ params[-1]["kernel"] + params[-1]["bias"]
-
-
-def random_mlp(rng, widths):
-    return [
-        {
-            "kernel": jnp.asarray(rng.normal(size=(a, b)), jnp.float32),
-            "bias": jnp.asarray(rng.normal(size=b), jnp.float32),
-        }
-        for a, b in itertools.pairwise(widths)
-    ]
 
 
 @pytest.mark.parametrize("widths", [(5, 7, 3), (3, 7, 8)], ids=["backward", "forward"])

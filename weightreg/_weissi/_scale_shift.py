@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from weightreg._core._arguments import is_real
+from weightreg._core._arguments import each, is_real, replaced
 from weightreg._core._chain import Chain, LayerOrder, chain_norms, chain_of, stack_of
 from weightreg._core._norms import (
     FROBENIUS,
@@ -242,16 +242,16 @@ def _geometric_mean(norms: Scaled) -> Scaled:
 
 def _rescale(params: Any, chain: Chain, factors: Scaled) -> Any:
     """Multiplies weights by their factors, and biases by the products up to theirs."""
-    leaves, treedef = jax.tree.flatten(params)
     own, until = _steps(factors, chain.dtype)
-    first = 0
+    factors_of, first = {}, 0
     for layer, bias in zip(chain.layers, chain.biases, strict=True):
         stack = stack_of(layer)
-        for index, steps in ((layer.index, own), (bias, until)):
-            if index is not None:
-                leaves[index] = _times(jnp.asarray(leaves[index]), steps, first, stack)
+        factors_of[layer.index] = own, first, stack
+        if bias is not None:
+            factors_of[bias] = until, first, stack
         first += math.prod(stack)
-    return jax.tree.unflatten(treedef, leaves)
+    scaled = {i: _times(x, *factors_of[i]) for i, x in each(params, factors_of)}
+    return replaced(params, scaled, params)
 
 
 @functools.partial(jax.jit, static_argnums=1)
