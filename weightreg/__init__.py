@@ -41,13 +41,13 @@ from weightreg._volumization._volumes import he_volume as he_volume
 from weightreg._volumization._volumes import lipschitz_volume as lipschitz_volume
 from weightreg._volumization._volumize import volumize as volumize
 from weightreg._volumization._volumized import volumized as volumized
-from weightreg._weissi._exponents import cnn_exponents as cnn_exponents
 from weightreg._weissi._parseval import convex_sum as convex_sum
 from weightreg._weissi._parseval import parseval as parseval
 from weightreg._weissi._scale_shift import balance_scales as balance_scales
 from weightreg._weissi._scale_shift import minimum_weight_decay as minimum_weight_decay
 from weightreg._weissi._scale_shift import shift_scales as shift_scales
 from weightreg._weissi._weissi import add_weissi as add_weissi
+from weightreg._weissi._weissi import cnn_exponents as cnn_exponents
 from weightreg._weissi._weissi import layer_complexity as layer_complexity
 from weightreg._weissi._weissi import log_weight_energy as log_weight_energy
 from weightreg._weissi._weissi import weight_energy as weight_energy

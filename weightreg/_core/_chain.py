@@ -15,8 +15,7 @@ from jax import lax
 from jax.tree_util import GetAttrKey
 
 from weightreg._core._arguments import KeyPath, compute_dtype, show_path
-from weightreg._core._mesh import gathered
-from weightreg._core._norms import Axes, Norm, Scaled, norm_of, normalize
+from weightreg._core._norms import Axes, Norm, Scaled, concatenate, norm_of
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
 
 LayerOrder: TypeAlias = Sequence[WeightLayer | str] | None
@@ -88,12 +87,8 @@ def chain_norms(params: Any, layers: Sequence[WeightLayer], norm: Norm) -> Scale
 @jax.jit
 def _join(norms: list[Scaled]) -> Scaled:
     """One vector of all the norms of some leaves."""
-    dtype = compute_dtype(*(x.fraction.dtype for x in norms))
-    fractions = [gathered(x.fraction.astype(dtype), ()).reshape(-1) for x in norms]
-    exponents = [gathered(x.exponent, ()).reshape(-1) for x in norms]
-    joined = jnp.concatenate(fractions), jnp.concatenate(exponents)
     # Without the barrier XLA computes all norms anew wherever their product is needed.
-    return normalize(Scaled(*lax.optimization_barrier(joined)))
+    return lax.optimization_barrier(concatenate(norms))
 
 
 def _choose(layers: Any, weights: _Layers, paths: _Paths, strict: bool) -> _Layers:

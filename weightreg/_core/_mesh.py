@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -28,3 +30,17 @@ def gathered(x: jax.Array, kept: Iterable[int]) -> jax.Array:
         return x
     mesh = jax.typeof(x).sharding.mesh
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def first_of(x: jax.Array, axes: Iterable[int]) -> jax.Array:
+    """The first entry along some axes, which are kept."""
+    for axis in axes:
+        if placed(x, (axis,), None) in (None, PartitionSpec(None)):
+            x = lax.slice_in_dim(x, 0, 1, axis=axis)
+            continue
+        # An explicit mesh does not cut a split axis, but can be asked for one entry.
+        index = (*(slice(None),) * axis, jnp.zeros(1, jnp.int32))
+        kept = tuple(a for a in range(x.ndim) if a != axis)
+        whole = placed(x, range(x.ndim), kept)
+        x = x.at[index].get(out_sharding=whole)
+    return x

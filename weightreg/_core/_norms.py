@@ -1,10 +1,11 @@
-"""Norms of weights and their gradients, without overflow or underflow.
+"""Norms of weights of any size, and numbers of any size that are made of them.
 
-The square of a weight of 1e-30 is out of the range of float32, and so is a product of a
-thousand norms. Such numbers are a fraction and a power of two, by which weights are
-scaled where sums need it. That is exact.
+The square of a weight of 1e-30 is out of the range of float32, and so is a product of
+a thousand norms. Weights are therefore scaled by powers of two, which is exact, and
+results are kept as a fraction and a power of two.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple, TypeAlias
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from weightreg._core._arguments import compute_dtype
-from weightreg._core._mesh import placed
+from weightreg._core._mesh import gathered, placed
 from weightreg._core._weights import WeightLayer
 
 Norm: TypeAlias = str | tuple[float, float]
@@ -29,15 +31,18 @@ _NAMED: dict[str, Norm] = {
 }
 
 
-class Scaled(NamedTuple):
-    """The number ``fraction * 2**exponent``.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """The number ``fraction * 2**exponent``, with which one can calculate.
 
-    The fraction, in float32 or float64, is of size one or 0. The exponent, in int32, is
-    of a shape that broadcasts against it.
+    Attributes:
+      fraction: A number in float32 or float64.
+      exponent: An integer in int32, of a shape that broadcasts against it.
     """
 
     fraction: jax.Array
-    exponent: jax.Array
+    exponent: Any = 0
 
     def value(self) -> jax.Array:
         """The number itself, or infinity or 0 where it is out of the dtype's range."""
@@ -46,6 +51,35 @@ class Scaled(NamedTuple):
     def at(self, exponent: jax.Array) -> jax.Array:
         """The fraction of the number with another exponent."""
         return times_power(self.fraction, self.exponent - exponent)
+
+    def normal(self) -> "Scaled":
+        """The same number with its fraction in [1/2, 1), or 0 if the number is 0."""
+        exponent = jnp.where(self.fraction == 0, 0, exponent_of(self.fraction))
+        fraction = times_power(self.fraction, -exponent)
+        return Scaled(fraction, self.exponent + exponent)
+
+    def log2(self) -> tuple[jax.Array, jax.Array]:
+        """The logarithm as a number of at most 1/2 and an integer, both 0 for 0."""
+        fraction = or_one(self.fraction)
+        whole = exponent_of(fraction * math.sqrt(2)) - 1
+        rest = jnp.log2(times_power(fraction, -whole))
+        return rest, jnp.where(self.fraction == 0, 0, self.exponent + whole)
+
+    def __mul__(self, other: Any) -> "Scaled":
+        """The product with another such number, or with an ordinary one."""
+        if not isinstance(other, Scaled):
+            other = Scaled(other)
+        return Scaled(self.fraction * other.fraction, self.exponent + other.exponent)
+
+    def __truediv__(self, other: "Scaled") -> "Scaled":
+        """The quotient, where division by 0 is taken for division by 1."""
+        fraction = self.fraction / or_one(other.fraction)
+        return Scaled(fraction, self.exponent - other.exponent)
+
+    def __sub__(self, other: "Scaled") -> "Scaled":
+        """The difference."""
+        exponent = common_exponent(self, other)
+        return Scaled(self.at(exponent) - other.at(exponent), exponent)
 
 
 class Axes(NamedTuple):
@@ -88,65 +122,166 @@ def parse_norm(argument: str, norm: Any) -> Norm:
     )
 
 
-def measure(weight: jax.Array, norm: Norm, axes: Axes) -> tuple[Scaled, jax.Array]:
-    """The norm of every layer in a leaf, and its gradient by the leaf.
-
-    The norms have the leaf's shape with ones for the layer's own axes, and the gradient
-    has the leaf's shape. It is 0 where there is none, at a layer of zeros, and where
-    there are several, at a weight or unit of zeros. Both are in float32 at least.
-    """
-    weight = weight.astype(compute_dtype(weight.dtype))
-    both = axes.inputs + axes.outputs
-    if isinstance(norm, str):
-        scaled, exponent = _normalize(weight, both)
-        sigma, direction = _largest_singular(scaled, axes)
-        return Scaled(sigma, exponent), direction
-    p, q = norm
-    if p == q == 1:
-        return _scaled_sum(weight, 1, both), jnp.sign(weight)
-    if p == q == 2:
-        squared = _scaled_sum(weight, 2, both)
-        size = Scaled(_root(squared.fraction, 2), squared.exponent >> 1)
-        unit = times_power(weight, -size.exponent) * (1 / or_one(size.fraction))
-        return size, unit
-    if p == q:
-        scaled, exponent = _normalize(weight, both)
-        size, direction = _entrywise(scaled, p, both)
-        return Scaled(size, exponent), direction
-    # Units are scaled one by one. Next to a large unit a small one may add nothing to
-    # the norm and still have a gradient.
-    scaled, exponents = _normalize(weight, axes.inputs)
-    units, within = _entrywise(scaled, p, axes.inputs)
-    least = -(2**20)  # This is the exponent where there are no units.
-    exponent = jnp.max(exponents, axes.outputs, keepdims=True, initial=least)
-    size, across = _entrywise(times_power(units, exponents - exponent), q, axes.outputs)
-    return Scaled(size, exponent), within * across
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))  # Equal shapes share a trace.
 def norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
-    """The norms that `measure` gives, whose derivative is the gradient that it gives.
+    """The norm of every layer in a leaf, with ones for the layer's own axes."""
+    return measure(x, (norm,), axes)[0][0]
 
-    The chain rule would pass through numbers that may be out of range.
+
+def measure(
+    weight: jax.Array, norms: tuple[Norm, ...], axes: Axes
+) -> list[tuple[Scaled, jax.Array]]:
+    """Some norms of every layer in a leaf, each with its gradient by the leaf.
+
+    The norms have the leaf's shape with ones for the layer's own axes, and gradients
+    have the leaf's shape. They are 0 where there are none, at a layer of zeros, and
+    where there are several, at a weight or unit of zeros. All are in float32 at least.
     """
-    return _norm_of(x.astype(compute_dtype(x.dtype)), norm, axes)
+    w = weight.astype(compute_dtype(weight.dtype))
+    own = axes.inputs + axes.outputs
+    ps = tuple({n[0]: None for n in norms if n in ((1, 1), (2, 2))})
+    found = dict(zip(ps, p_norms(w, ps, own), strict=True))
+
+    def one(norm: Norm) -> tuple[Scaled, jax.Array]:
+        if isinstance(norm, str):
+            return _largest_singular(w, axes)
+        p, q = norm
+        if p == q:
+            size = found[p] if p in found else p_norm(w, p, own)
+            return size, slope(w, size, p, own)
+        # Next to a large unit a small one may add nothing and still have a gradient.
+        units = p_norm(w, p, axes.inputs)
+        least = -(2**20)  # This is the exponent where there are no units.
+        top = jnp.max(units.exponent, axes.outputs, keepdims=True, initial=least)
+        across = units.at(top)
+        size = p_norm(across, q, axes.outputs)
+        gradient = slope(across, size, q, axes.outputs) * slope(
+            w, units, p, axes.inputs
+        )
+        return Scaled(size.fraction, size.exponent + top), gradient
+
+    return [one(norm) for norm in norms]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
-    size, _ = measure(x, norm, axes)
-    return Scaled(size.fraction, jnp.broadcast_to(size.exponent, size.fraction.shape))
+def p_norms(x: jax.Array, ps: tuple[float, ...], axes: tuple[int, ...]) -> list[Scaled]:
+    """The p-norms over some axes, which are kept, for some p of 1 and 2, in one read.
+
+    Sums are taken of the numbers as they are and times two powers of two. One of the
+    three neither overflows nor loses digits.
+    """
+    maxexp = jnp.finfo(x.dtype).maxexp
+    far = 25 * maxexp // 32  # This is 100 for float32.
+    powers = [x * 2.0**shift for shift in (0, far, -far)]
+    terms = [jnp.abs(y) if p == 1 else y * y for p in ps for y in powers]
+    add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]  # noqa: E731
+    zeros = [jnp.zeros([], x.dtype)] * len(terms)
+    # One reduction of several numbers is one kernel on every platform.
+    sums = lax.reduce(terms, zeros, add, axes) if terms else []
+
+    def root(p: float, plain: jax.Array, up: jax.Array, down: jax.Array) -> Scaled:
+        small = plain < 2.0 ** (-9 * maxexp // 16)  # Squares below 1e-38 may be lost.
+        large = plain > 2.0 ** (maxexp - 2)
+        total = jnp.where(small, up, jnp.where(large, down, plain))
+        exponent = jnp.where(small, -far, jnp.where(large, far, 0)).astype(jnp.int32)
+        size = total if p == 1 else jnp.sqrt(total)
+        return Scaled(jnp.expand_dims(size, axes), jnp.expand_dims(exponent, axes))
+
+    return [root(p, *sums[3 * i : 3 * i + 3]) for i, p in enumerate(ps)]
 
 
-@_norm_of.defjvp
-def _norm_of_jvp(norm, axes, primals, tangents):
+@p_norms.defjvp
+def _p_norms_jvp(ps, axes, primals, tangents):
     (x,), (x_dot,) = primals, tangents
-    size, gradient = measure(x, norm, axes)
-    exponent = jnp.broadcast_to(size.exponent, size.fraction.shape)
-    terms = gradient * times_power(x_dot, -exponent)
-    fraction_dot = jnp.sum(terms, axes.inputs + axes.outputs, keepdims=True)
-    no_dot: Any = np.zeros(exponent.shape, jax.dtypes.float0)
-    return Scaled(size.fraction, exponent), Scaled(fraction_dot, no_dot)
+    sizes = p_norms(x, ps, axes)
+    pairs = zip(sizes, ps, strict=True)
+    return sizes, [_p_norm_dot(x, x_dot, size, p, axes) for size, p in pairs]
+
+
+def p_norm(
+    x: jax.Array, p: float, axes: tuple[int, ...], scale: jax.Array | None = None
+) -> Scaled:
+    """The p-norm over some axes, which are kept, of numbers that are scaled first.
+
+    Where no ``scale`` is given it is `scale_of` these numbers, for which they are read
+    once more.
+    """
+    return _p_norm(x, scale_of(x, axes) if scale is None else scale, p, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _p_norm(x: jax.Array, scale: jax.Array, p: float, axes: tuple[int, ...]) -> Scaled:
+    y = x * scale
+    total = functools.partial(jnp.sum, axis=axes, keepdims=True)
+    if p == 1:
+        size = total(jnp.abs(y))
+    elif p == 2:
+        size = jnp.sqrt(_sum_in_halves(y * y, axes))
+    else:  # The largest is 1 after division, and so is any power of it.
+        largest = jnp.max(jnp.abs(y), axes, keepdims=True, initial=0)
+        ratio = jnp.abs(y) * (1 / or_one(largest))
+        size = largest * (total(ratio**p) ** (1 / p) if p < math.inf else 1)
+    return Scaled(size, 1 - exponent_of(scale))
+
+
+@_p_norm.defjvp
+def _p_norm_jvp(p, axes, primals, tangents):
+    (x, scale), (x_dot, _) = primals, tangents
+    size = _p_norm(x, scale, p, axes)
+    return size, _p_norm_dot(x, x_dot, size, p, axes)
+
+
+def _p_norm_dot(x, x_dot, size: Scaled, p: float, axes: tuple[int, ...]) -> Scaled:
+    """The derivative of a p-norm along ``x_dot``, as a fraction of its exponent."""
+    terms = slope(x, size, p, axes) * (x_dot * power_of_two(-size.exponent, x.dtype))
+    no_dot = np.zeros(size.exponent.shape, jax.dtypes.float0)
+    return Scaled(jnp.sum(terms, axes, keepdims=True), no_dot)
+
+
+def slope(x: jax.Array, size: Scaled, p: float, axes: tuple[int, ...]) -> jax.Array:
+    r"""The gradient of a p-norm, :math:`\mathrm{sgn}(x) (|x| / \|x\|_p)^{p - 1}`.
+
+    For p of infinity, numbers of the largest size share it.
+    """
+    if p == 1:
+        return jnp.sign(x)
+    unit = x * power_of_two(-size.exponent, x.dtype) * (1 / or_one(size.fraction))
+    if p == 2:
+        return unit
+    if p < math.inf:
+        return jnp.sign(unit) * jnp.abs(unit) ** (p - 1)
+    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+    ties = (jnp.abs(x) == largest) & (largest > 0)
+    count = jnp.sum(ties, axes, keepdims=True, dtype=x.dtype)
+    return jnp.sign(x) * ties * (1 / or_one(count))
+
+
+def scale_of(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The power of two that takes the largest number over some axes to 2 to 4."""
+    info = jnp.finfo(x.dtype)
+    size = jnp.abs(lax.stop_gradient(x))
+    largest = jnp.max(size, axes, keepdims=True, initial=float(info.tiny))
+    bits = lax.bitcast_convert_type(largest, f"int{info.bits}")
+    # The exponent's bits of 1 / x are these, but for a constant.
+    infinity = ((1 << info.nexp) - 1) << info.nmant
+    return lax.bitcast_convert_type(infinity - (bits & infinity), x.dtype)
+
+
+def _sum_in_halves(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """A sum over some axes, which are kept, with an even one of them cut in two.
+
+    XLA's model of a GPU would rather store numbers than calculate them inside of a sum
+    with few results. The sum of halves has twice as many.
+    """
+    even = [a for a in axes if x.shape[a] % 2 == 0 and x.shape[a]]
+    if not even or placed(x, even[-1:], None) not in (None, PartitionSpec(None)):
+        return jnp.sum(x, axes, keepdims=True)
+    cut = even[-1]
+    halves = x.reshape(*x.shape[:cut], 2, x.shape[cut] // 2, *x.shape[cut + 1 :])
+    within = tuple(a + (a >= cut) for a in axes)
+    sums = jnp.sum(halves, within, keepdims=True)
+    low, high = (lax.index_in_dim(sums, i, cut, keepdims=False) for i in (0, 1))
+    return low + high
 
 
 def power_iteration(
@@ -159,7 +294,8 @@ def power_iteration(
     returned as well. The norms are never too large but for rounding.
     """
     weight = weight.astype(compute_dtype(weight.dtype))
-    scaled, exponent = _normalize(weight, axes.inputs + axes.outputs)
+    scale = scale_of(weight, axes.inputs + axes.outputs)
+    scaled = weight * scale
     stack = axes.stack(weight.ndim)
     rows, columns, both = (
         (*stack, *axes.inputs),
@@ -186,7 +322,8 @@ def power_iteration(
     sigma = left * product(scaled, both, right, columns, rows)
     direction = product(left, rows, right, columns, both)
     sigma = jnp.expand_dims(jnp.sum(sigma, own(sigma)), axes.inputs + axes.outputs)
-    return Scaled(sigma, exponent), direction, right.astype(vector.dtype)
+    size = Scaled(sigma, 1 - exponent_of(scale))
+    return size, direction, right.astype(vector.dtype)
 
 
 def start_vector(weight: jax.Array, axes: Axes, key: jax.Array) -> jax.Array:
@@ -198,65 +335,13 @@ def start_vector(weight: jax.Array, axes: Axes, key: jax.Array) -> jax.Array:
     return vector / or_one(jnp.sqrt(jnp.sum(vector**2, own, keepdims=True)))
 
 
-def _scaled_sum(x: jax.Array, p: int, axes: tuple[int, ...]) -> Scaled:
-    """The sum of ``abs(x)**p`` for p of 1 or 2, whose terms are scaled if need be."""
-    maxexp = jnp.finfo(x.dtype).maxexp
-    scale = 25 * maxexp // 32  # This is 100 for float32.
-    total = lambda x: jnp.sum(jnp.abs(x) ** p, axes, keepdims=True)  # noqa: E731
-    plain = total(x)
-    too_small = plain < 2.0 ** (-9 * maxexp // 16)  # Terms below 1e-38 may be lost.
-    too_large = plain > 2.0 ** (maxexp - 2)
-    shift = jnp.where(too_small, scale, jnp.where(too_large, -scale, 0))
-    rescaled = lambda: total(x * power_of_two(shift, x.dtype))  # noqa: E731
-    # A CPU would store the scaled weights, and should not where they are not needed. A
-    # GPU forms them in passing, while a condition would make it wait for the host.
-    ordinary = ~jnp.any(too_small | too_large)
-    value = lax.platform_dependent(
-        cpu=lambda: lax.cond(ordinary, lambda: plain, rescaled), default=rescaled
-    )
-    exponent = exponent_of(value) & ~1  # It is even, so that its half is an integer.
-    return Scaled(times_power(value, -exponent), exponent - p * shift)
-
-
-def _normalize(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Scales by a power of two so that the largest entry is in [1/2, 1)."""
-    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-    exponent = exponent_of(largest)
-    return times_power(x, -exponent), exponent
-
-
-def _entrywise(
-    x: jax.Array, p: float, axes: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """The p-norm of numbers of size one, and its gradient."""
-    magnitude = jnp.abs(x)
-    if p == 1:
-        return jnp.sum(magnitude, axes, keepdims=True), jnp.sign(x)
-    if p == math.inf:
-        size = jnp.max(magnitude, axes, keepdims=True, initial=0)
-        largest = (magnitude == size) & (size > 0)
-        ties = jnp.sum(largest, axes, keepdims=True, dtype=x.dtype)
-        return size, jnp.sign(x) * largest / jnp.maximum(ties, 1)
-    if p == 2:
-        size = _root(jnp.sum(x * x, axes, keepdims=True), 2)
-        return size, x * (1 / or_one(size))
-    largest = lax.stop_gradient(jnp.max(magnitude, axes, keepdims=True, initial=0))
-    ratio = magnitude / or_one(largest)  # The largest is 1, and so is any power of it.
-    size = largest * _root(jnp.sum(ratio**p, axes, keepdims=True), p)
-    return size, jnp.sign(x) * (magnitude / or_one(size)) ** (p - 1)
-
-
-def _root(x: jax.Array, p: float) -> jax.Array:
-    """The p-th root, with a derivative of 0 at 0."""
-    safe = or_one(x)
-    return jnp.where(x == 0, 0, jnp.sqrt(safe) if p == 2 else safe ** (1 / p))
-
-
-def _largest_singular(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+def _largest_singular(x: jax.Array, axes: Axes) -> tuple[Scaled, jax.Array]:
     """The largest singular value of every layer's kernel matrix, and its gradient."""
     own, stack = axes.inputs + axes.outputs, axes.stack(x.ndim)
     if not x.size:
-        return jnp.zeros_like(jnp.sum(x, own, keepdims=True)), x
+        return Scaled(jnp.sum(x, own, keepdims=True)), x
+    scale = scale_of(x, own)
+    x *= scale
     whole, spec = placed(x, range(x.ndim), stack), placed(x, range(x.ndim), None)
     if whole is not None:
         x = jax.sharding.reshard(x, whole)
@@ -273,7 +358,7 @@ def _largest_singular(x: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     if spec is not None:
         direction = jax.sharding.reshard(direction, spec)
     sigma = jnp.where(zero[..., 0, 0], 0, sigma[..., 0])
-    return jnp.expand_dims(sigma, own), direction
+    return Scaled(jnp.expand_dims(sigma, own), 1 - exponent_of(scale)), direction
 
 
 def common_exponent(x: Scaled, y: Scaled) -> jax.Array:
@@ -285,10 +370,16 @@ def common_exponent(x: Scaled, y: Scaled) -> jax.Array:
     )
 
 
-def add(x: Scaled, y: Scaled) -> Scaled:
-    """The sum of two numbers."""
-    exponent = common_exponent(x, y)
-    return Scaled(x.at(exponent) + y.at(exponent), exponent)
+def concatenate(numbers: list[Scaled]) -> Scaled:
+    """One vector of all the numbers of some arrays, whole on every device."""
+    dtype = compute_dtype(*(x.fraction.dtype for x in numbers))
+
+    def vector(x: jax.Array) -> jax.Array:
+        return gathered(x, ()).reshape(-1)
+
+    fractions = [vector(x.fraction.astype(dtype)) for x in numbers]
+    exponents = [vector(x.exponent) for x in numbers]
+    return Scaled(jnp.concatenate(fractions), jnp.concatenate(exponents)).normal()
 
 
 def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -303,14 +394,14 @@ def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return x * first * second * last
 
 
-def halve(exponent: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """``2**-exponent`` as two factors by which to multiply numbers of size one.
+def two_factors(exponent: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """``2**exponent`` as two factors by which to multiply numbers of size one.
 
     One factor may be out of range where its product with such a number is not. Where
     two do not suffice, the product is infinite or 0 anyway.
     """
     limit = jnp.finfo(dtype).maxexp - 2
-    exponent = jnp.clip(-exponent, -2 * limit, 2 * limit)
+    exponent = jnp.clip(exponent, -2 * limit, 2 * limit)
     half = exponent >> 1
     return power_of_two(half, dtype), power_of_two(exponent - half, dtype)
 
@@ -332,35 +423,19 @@ def exponent_of(x: jax.Array) -> jax.Array:
     return ((bits >> info.nmant) + info.minexp).astype(jnp.int32)
 
 
-def split(x: jax.typing.ArrayLike, dtype: Any) -> Scaled:
-    """A number of at least 0 as fraction and exponent, even a subnormal one.
-
-    XLA takes subnormal operands, such as 1e-38 in float32, for 0.
-    """
-    x, offset = jnp.asarray(x, dtype), 0
-    if x.dtype == jnp.float32:
+def scaled(x: jax.typing.ArrayLike, dtype: Any) -> Scaled:
+    """Numbers of at least 0, which may be subnormal or out of the dtype's range."""
+    if not isinstance(x, jax.Array):  # Traced arrays are of this class.
+        fraction, exponent = np.frexp(np.asarray(x, np.float64))
+        return Scaled(jnp.asarray(fraction, dtype), jnp.asarray(exponent, jnp.int32))
+    x, offset = x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0
+    if x.dtype == jnp.float32:  # XLA takes subnormal operands, such as 1e-38, for 0.
         bits = lax.bitcast_convert_type(lax.stop_gradient(x), jnp.int32)
         subnormal = (bits > 0) & (bits < 2**23)
         x = jnp.where(subnormal, bits.astype(x.dtype), x)
         offset = jnp.where(subnormal, -149, 0)
-    exponent = jnp.where(x == 0, 0, exponent_of(x))  # The 0 keeps the derivative at 0.
-    return Scaled(times_power(x, -exponent), exponent + offset)
-
-
-def scaled(x: jax.typing.ArrayLike, dtype: Any) -> Scaled:
-    """A number of at least 0, which may be out of the range of the dtype."""
-    if isinstance(x, jax.Array):  # Traced arrays are of this class too.
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        parts = split(wide, wide.dtype)
-        return Scaled(parts.fraction.astype(dtype), parts.exponent)
-    fraction, exponent = np.frexp(np.asarray(x, np.float64))
-    return Scaled(jnp.asarray(fraction, dtype), jnp.asarray(exponent, jnp.int32))
-
-
-def normalize(x: Scaled) -> Scaled:
-    """The same number with its fraction in [1/2, 1), or 0 if the number is 0."""
-    fraction, exponent = split(x.fraction, x.fraction.dtype)
-    return Scaled(fraction, exponent + x.exponent)
+    parts = Scaled(x, offset).normal()
+    return Scaled(parts.fraction.astype(dtype), parts.exponent)
 
 
 @jax.jit
@@ -368,12 +443,11 @@ def cumulative_product(factors: Scaled) -> Scaled:
     """The products of the first one, two, ... numbers of a vector."""
 
     def step(product: Scaled, factor: Scaled) -> tuple[Scaled, Scaled]:
-        fraction = product.fraction * factor.fraction
-        product = normalize(Scaled(fraction, product.exponent + factor.exponent))
+        product = (product * factor).normal()
         return product, product
 
     one = Scaled(jnp.ones([], factors.fraction.dtype), jnp.zeros([], jnp.int32))
-    return lax.scan(step, one, normalize(factors))[1]
+    return lax.scan(step, one, factors.normal())[1]
 
 
 def or_one(x: jax.Array) -> jax.Array:

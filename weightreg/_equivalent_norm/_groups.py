@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from weightreg._core._arguments import check_boolean
-from weightreg._core._norms import Axes, exponent_of, halve, or_one
+from weightreg._core._mesh import first_of
+from weightreg._core._norms import Axes, Scaled, or_one, p_norm, scale_of
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
 
 SCOPES = ("unit", "layer")
@@ -47,25 +47,55 @@ def group_of(axes: Axes, scope: str) -> tuple[int, ...]:
 
 
 class Statistics(NamedTuple):
-    """The statistics of the weights times ``half * rest``, with ones for groups' axes.
+    """What is known of every group of weights, with ones for its axes.
 
-    The mean is in two parts, for weights that differ by little: ``shift`` is one of the
-    weights, or 0, and ``mean`` is the rest. ``size`` is the norm of the deviations.
+    Attributes:
+      mean: The mean in two parts, for weights that differ by little: the first rounded,
+        and what rounding has lost. Both are 0 where weights are not centred.
+      size: The norm of the deviations from the mean.
+      inverse: One over the norm, or 0 where it is 0.
     """
 
-    half: jax.Array
-    rest: jax.Array
-    shift: jax.Array
-    mean: jax.Array
-    size: jax.Array
+    mean: tuple[jax.Array, jax.Array]
+    size: Scaled
+    inverse: jax.Array
+
+
+def measure(group: tuple[int, ...], center: bool, w: jax.Array) -> Statistics:
+    """The statistics of all groups, in two reads of the weights."""
+    scale = scale_of(w, group)
+    mean = _mean(group, w) if center else (jnp.zeros_like(scale),) * 2
+    size = p_norm(w - mean[0], 2, group, scale)
+    inverse = jnp.where(size.fraction == 0, 0, scale / or_one(size.fraction))
+    return Statistics(mean, size, inverse)
+
+
+def _mean(group: tuple[int, ...], w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean as a number and what its rounding has lost."""
+    # Of weights that are all equal exactly 0 remains.
+    first = first_of(w, group)
+    rest = jnp.mean(w - first, group, keepdims=True)
+    mean = first + rest
+    return mean, (first - mean) + rest
+
+
+def direction(w: jax.Array, s: Statistics) -> jax.Array:
+    """The deviations from the mean, of norm 1, or 0 for a group of size 0."""
+    return ((w - s.mean[0]) - s.mean[1]) * s.inverse
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def normalized(
     group: tuple[int, ...], center: bool, w: jax.Array, norm: jax.Array
 ) -> jax.Array:
-    """The weights, centred or not, scaled so that every group has norm ``norm``."""
-    return direction(w, measure(group, center, w), norm)
+    r"""Weights of which every group has a given norm, centred or not.
+
+    .. math::
+      \hat W = \nu \, \frac{W - \mu}{\|W - \mu\|}, \qquad
+      d \hat W = \frac{\nu}{\|W - \mu\|} \Big( d W - \overline{d W}
+        - \hat W \frac{\langle \hat W, d W \rangle}{\nu^2} \Big)
+    """
+    return norm * direction(w, measure(group, center, w))
 
 
 @normalized.defjvp
@@ -73,64 +103,10 @@ def _normalized_jvp(group, center, primals, tangents):
     # The derivative uses the result, which is kept anyway, and so takes fewer passes.
     (w, norm), (w_dot, norm_dot) = primals, tangents
     s = measure(group, center, w)
-    out = direction(w, s, norm)
+    out = norm * direction(w, s)
+    w_dot = w_dot * s.inverse
     total = functools.partial(jnp.sum, axis=group, keepdims=True)
-    count = math.prod(w.shape[a] for a in group)
-    per_size = jnp.where(s.size == 0, 0, 1 / or_one(s.size))
-    scaled_dot = w_dot * s.half * s.rest
-    along = total(out * scaled_dot) * (per_size / norm)
-    across = scaled_dot - total(scaled_dot) / count if center else scaled_dot
-    return out, across * (norm * per_size) - out * along + out * (norm_dot / norm)
-
-
-def direction(w: jax.Array, s: Statistics, norm: Any = 1.0) -> jax.Array:
-    """The weights without their means, of a given norm, or 0 for a group of size 0."""
-    deviation = w * s.half * s.rest - s.shift - s.mean
-    return deviation * jnp.where(s.size == 0, 0, norm / or_one(s.size))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def measure(group: tuple[int, ...], center: bool, w: jax.Array) -> Statistics:
-    """The statistics of all groups, with derivatives in closed form."""
-    total = functools.partial(jnp.sum, axis=group, keepdims=True)
-    count = math.prod(w.shape[a] for a in group)
-    info = jnp.finfo(w.dtype)
-    squares = total(w * w)
-    mean = total(w) / count if center else jnp.zeros_like(squares)
-    spread = squares - count * mean * mean
-    one, zero = jnp.ones_like(squares), jnp.zeros_like(squares)
-
-    def in_one_pass() -> Statistics:
-        return Statistics(one, one, zero, mean, jnp.sqrt(spread))
-
-    def carefully() -> Statistics:
-        largest = jnp.max(jnp.abs(w), group, keepdims=True)
-        half, rest = halve(exponent_of(or_one(largest)), w.dtype)
-        scaled = w * half * rest
-        # Where all weights are equal, exactly 0 remains.
-        shift = jnp.max(scaled, group, keepdims=True) if center else zero
-        moved = scaled - shift
-        mean = total(moved) / count if center else zero
-        size = jnp.sqrt(total((moved - mean) ** 2))
-        return Statistics(half, rest, shift, mean, size)
-
-    # One pass is exact enough if sums of squares are in range and not much of them
-    # cancels. A GPU would have to wait for the host to know whether that is so.
-    ordinary = (squares < jnp.inf) & (2 * spread > squares)
-    ordinary = jnp.all(ordinary & (squares > 2.0 ** (info.minexp // 2)))
-    return lax.platform_dependent(
-        cpu=lambda: lax.cond(ordinary, in_one_pass, carefully), default=carefully
-    )
-
-
-@measure.defjvp
-def _measure_jvp(group, center, primals, tangents):
-    (w,), (w_dot,) = primals, tangents
-    s = measure(group, center, w)
-    total = functools.partial(jnp.sum, axis=group, keepdims=True)
-    count = math.prod(w.shape[a] for a in group)
-    scaled_dot = w_dot * s.half * s.rest
-    zero = jnp.zeros_like(s.mean)
-    mean_dot = total(scaled_dot) / count if center else zero
-    size_dot = total(direction(w, s) * scaled_dot)
-    return s, Statistics(zero, zero, zero, mean_dot, size_dot)
+    along = total(out * w_dot) * (1 / norm)
+    if center:
+        w_dot = w_dot - total(w_dot) / math.prod(w.shape[a] for a in group)
+    return out, norm * w_dot - out * along + out * (norm_dot / norm)

@@ -25,10 +25,10 @@ from weightreg._core._norms import Axes
 from weightreg._core._weights import Dims, Mask
 from weightreg._equivalent_norm._groups import (
     check_form,
-    direction,
     group_of,
     layers_of,
     measure,
+    normalized,
 )
 
 
@@ -214,21 +214,19 @@ def _value_jvp(scope, center, axes, primals, tangents):
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))  # Equal shapes share a trace.
 def _gradient(w, strength, epsilon, scope: str, center: bool, axes: Axes) -> jax.Array:
-    """The gradient of the penalty by one leaf."""
+    r"""The gradient by one leaf, :math:`\lambda (W - e (W - \mu) / \|W - \mu\|)`."""
     w = w.astype(compute_dtype(w.dtype))
     aim = _aim(jnp.asarray(epsilon, w.dtype), w.shape, scope, center, axes)
-    pull = aim * direction(w, measure(group_of(axes, scope), center, w))
-    return jnp.asarray(strength, w.dtype) * (w - pull)
+    direction = normalized(group_of(axes, scope), center, w, jnp.ones([], w.dtype))
+    return jnp.asarray(strength, w.dtype) * (w - aim * direction)
 
 
 def _prepare(w, epsilon, scope: str, center: bool, axes: Axes):
     """Norms of deviations, the norms they should have, means, and weights a group."""
     group = group_of(axes, scope)
     s = measure(group, center, w.astype(compute_dtype(w.dtype)))
-    unscale = lambda x: x * (1 / s.rest) * (1 / s.half)  # noqa: E731
-    size, mean = unscale(s.size), unscale(s.shift + s.mean)
     aim = _aim(epsilon, w.shape, scope, center, axes)
-    return size, aim, mean, math.prod(w.shape[a] for a in group)
+    return s.size.value(), aim, sum(s.mean), math.prod(w.shape[a] for a in group)
 
 
 def _aim(epsilon: jax.Array, shape, scope: str, center: bool, axes: Axes) -> jax.Array:

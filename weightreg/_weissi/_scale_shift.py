@@ -17,9 +17,8 @@ from weightreg._core._norms import (
     FROBENIUS,
     Scaled,
     cumulative_product,
-    normalize,
     or_one,
-    split,
+    scaled,
     times_power,
 )
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
@@ -101,7 +100,7 @@ def shift_scales(
     entries = _entries(factors, chain.layers)
     if not entries:
         return params
-    return _rescale(params, chain, _scaled(entries, chain))
+    return _rescale(params, chain, _numbers(entries, chain))
 
 
 def balance_scales(
@@ -250,8 +249,8 @@ def _rescale(params: Any, chain: Chain, factors: Scaled) -> Any:
         if bias is not None:
             factors_of[bias] = until, first, stack
         first += math.prod(stack)
-    scaled = {i: _times(x, *factors_of[i]) for i, x in each(params, factors_of)}
-    return replaced(params, scaled, params)
+    shifted = {i: _times(x, *factors_of[i]) for i, x in each(params, factors_of)}
+    return replaced(params, shifted, params)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -261,7 +260,7 @@ def _steps(factors: Scaled, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     The three are all at least 1 or all at most 1, so that a number leaves the range of
     the dtype on the way only if the result does. Both shapes are ``(3, layers)``.
     """
-    factors = normalize(Scaled(factors.fraction.astype(dtype), factors.exponent))
+    factors = Scaled(factors.fraction.astype(dtype), factors.exponent).normal()
     # No step may be infinite. Past this limit any number but 0 is out of range anyway.
     limit = 2 * (jnp.finfo(dtype).maxexp - 2)
 
@@ -362,10 +361,9 @@ def _vector(factors: list[Any], layers: Iterable[WeightLayer], xp: Any, dtype: A
     return xp.concatenate(parts) if parts else xp.zeros(0, dtype)
 
 
-def _scaled(factors: list[Any], chain: Chain) -> Scaled:
+def _numbers(factors: list[Any], chain: Chain) -> Scaled:
     """The factors of all layers as fractions and powers of two."""
     if any(isinstance(factor, Tracer) for factor in factors):
-        return split(_vector(factors, chain.layers, jnp, chain.dtype), chain.dtype)
+        return scaled(_vector(factors, chain.layers, jnp, chain.dtype), chain.dtype)
     # NumPy has factors past the range of float32, which JAX without x64 has not.
-    fraction, exponent = np.frexp(_vector(factors, chain.layers, np, np.float64))
-    return Scaled(jnp.asarray(fraction, chain.dtype), jnp.asarray(exponent))
+    return scaled(_vector(factors, chain.layers, np, np.float64), chain.dtype)

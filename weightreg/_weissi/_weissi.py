@@ -1,5 +1,6 @@
 """WEISSI: a penalty that shifting scale between layers cannot lower."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,21 +14,29 @@ from weightreg._core._arguments import (
     at,
     check_count,
     check_params,
+    check_scalar,
+    compute_dtype,
+    each,
     each_with_update,
+    is_function,
+    is_hole,
+    match,
+    refuse_step_count,
     replaced,
+    spread,
 )
-from weightreg._core._norms import Norm
-from weightreg._core._weights import Dims, Mask
-from weightreg._weissi._exponents import Weights
+from weightreg._core._norms import Axes, Norm, start_vector
+from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
 from weightreg._weissi._penalty import (
     Form,
     Hyper,
-    iterate_all,
+    iterate,
     measure_all,
     penalty_gradients,
     penalty_value,
-    start_vectors,
 )
+
+_WARM_UP = 30  # This is the number of power iterations in init, which runs once.
 
 
 class AddWeissiState(NamedTuple):
@@ -133,8 +142,7 @@ def weissi(
     form = Form.parse(energy, complexity, log, norm, complexity_norm)
 
     def penalty(params: Any) -> jax.Array:
-        weights = Weights.of(params, exponents, mask, dims)
-        return penalty_value(form, energy, complexity, weights)
+        return _penalty(form, energy, complexity, params, exponents, mask, dims)
 
     return penalty
 
@@ -233,35 +241,88 @@ def add_weissi(
     elif iterations is not None:
         iterations = check_count("iterations", iterations, 1)
 
+    carries_vectors = iterations is not None and form.is_spectral()
+
+    def iterate_all(params, axes, vectors, steps) -> tuple[list, dict[int, jax.Array]]:
+        found = {
+            i: iterate(w, vectors[i], form.norms(), axes[i], steps)
+            for i, w in each(params, axes)
+        }
+        sizes = [size for size, _ in found.values()]
+        return sizes, {i: vector for i, (_, vector) in found.items()}
+
     def init_fn(params):
-        weights = Weights.of(params, exponents, mask, dims)
+        axes, _ = _weights(params, exponents, mask, dims)
         vectors: Any = ()
-        if iterations is not None and form.is_spectral():
-            vectors = weights.tree(params, start_vectors(form, weights))
+        if carries_vectors:
+            key = jax.random.key(0)
+            start = {
+                i: start_vector(w, axes[i], jax.random.fold_in(key, position))
+                for position, (i, w) in enumerate(each(params, axes))
+            }
+            start = iterate_all(params, axes, start, _WARM_UP)[1]
+            vectors = spread(params, start, optax.MaskedNode())
         return AddWeissiState(count=jnp.zeros([], jnp.int32), vectors=vectors)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_params(params)
-        weights = Weights.of(params, exponents, mask, dims)
+        axes, powers = _weights(params, exponents, mask, dims)
         vectors = state.vectors
-        if iterations is not None and form.is_spectral():
-            before = weights.pick(params, vectors)
-            sizes, after = iterate_all(form, weights, before, iterations)
-            vectors = weights.tree(params, after)
+        if carries_vectors:
+            before = jax.tree.structure(params).flatten_up_to(vectors)
+            sizes, after = iterate_all(params, axes, before, iterations)
+            vectors = spread(params, after, optax.MaskedNode())
         else:
-            sizes = measure_all(form, weights.axes(), weights.arrays())
+            arrays = [w for _, w in each(params, axes)]
+            sizes = measure_all(form, tuple(axes.values()), arrays)
         lambda_e = at("energy", energy, state.count)
         lambda_c = at("complexity", complexity, state.count)
-        hyper = Hyper.of(lambda_e, lambda_c, weights)
-        gradients = penalty_gradients(form, hyper, sizes)
-        found = each_with_update(params, updates, weights.indices())
+        gradients = penalty_gradients(form, Hyper.of(lambda_e, lambda_c, powers), sizes)
+        found = each_with_update(params, updates, axes)
         pairs = zip(found, gradients, strict=True)
         added = {i: (u + gradient).astype(u.dtype) for (i, _, u), gradient in pairs}
         count = optax.safe_increment(state.count)
         return replaced(updates, added, params), AddWeissiState(count, vectors)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def cnn_exponents(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
+    """The exponents of the CNN form: 2 for convolutions and 1 for all other weights.
+
+    A convolution's kernel acts at every position, hence more than that of a dense
+    layer. With these exponents a shift of scale between a convolution and a dense layer
+    changes the penalty. Functions with an argument ``exponents`` take this one itself:
+    ``exponents=wr.cnn_exponents``.
+
+    Args:
+      params: Any tree of parameters.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
+      dims: What the axes of the weights mean, and hence which are convolutions: see
+        `weight_layers`.
+
+    Returns:
+      A tree of numbers, with ``None`` for leaves that are no weights.
+
+    Raises:
+      ValueError: ``mask`` or ``dims`` does not match the parameters.
+      TypeError: ``params`` is a step count, which ``optax.inject_hyperparams`` passes
+        to functions that it takes for schedules.
+
+    References:
+      Liu, Cui, Chan, 2020, section 5, "CNNs".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.cnn_exponents({"conv": jnp.ones((3, 3, 1, 8)), "out": jnp.ones((8, 2))})
+      {'conv': 2, 'out': 1}
+    """
+    refuse_step_count("exponents", params)
+    layers = weight_layers(params, mask=mask, dims=dims)
+    powers = {layer.index: 2 if layer.convolves else 1 for layer in layers}
+    return spread(params, powers, None)
 
 
 def weight_energy(
@@ -303,7 +364,7 @@ def weight_energy(
       144.0
     """
     form = Form.parse(1.0, 0.0, False, norm, "l1")
-    return penalty_value(form, 1.0, 0.0, Weights.of(params, exponents, mask, dims))
+    return _penalty(form, 1.0, 0.0, params, exponents, mask, dims)
 
 
 def log_weight_energy(
@@ -346,7 +407,7 @@ def log_weight_energy(
       400.000
     """
     form = Form.parse(1.0, 0.0, True, norm, "l1")._replace(log_of_zero=True)
-    return penalty_value(form, 1.0, 0.0, Weights.of(params, exponents, mask, dims))
+    return _penalty(form, 1.0, 0.0, params, exponents, mask, dims)
 
 
 def layer_complexity(
@@ -388,4 +449,45 @@ def layer_complexity(
       3.0
     """
     form = Form.parse(0.0, 1.0, False, norm, complexity_norm)
-    return penalty_value(form, 0.0, 1.0, Weights.of(params, 2, mask, dims))
+    return _penalty(form, 0.0, 1.0, params, 2, mask, dims)
+
+
+def _penalty(form, energy, complexity, params, exponents, mask, dims) -> jax.Array:
+    """The value of the penalty for a tree of parameters."""
+    axes, powers = _weights(params, exponents, mask, dims)
+    arrays = [w for _, w in each(params, axes)]
+    every = tuple(axes.values())
+    return penalty_value(form, energy, complexity, powers, every, arrays)
+
+
+def _weights(
+    params: Any, exponents: Any, mask: Mask, dims: Dims
+) -> tuple[dict[int, Axes], list[jax.Array]]:
+    """The axes of all weights by their positions, and the exponents ``n_l``."""
+    layers = weight_layers(params, mask=mask, dims=dims)
+    powers = _powers(exponents, params, layers, mask, dims)
+    return {layer.index: Axes.of(layer) for layer in layers}, powers
+
+
+def _powers(
+    exponents: Any, params: Any, layers: tuple[WeightLayer, ...], mask: Mask, dims: Dims
+) -> list[Any]:
+    """Checks the exponents, and gives that of every weight."""
+    if exponents is cnn_exponents:
+        tree = cnn_exponents(params, mask=mask, dims=dims)
+    else:
+        tree = exponents(params) if is_function(exponents) else exponents
+    found = match("exponents", tree, params)
+    leaves = jax.tree.leaves(params)
+    for layer in layers:
+        power, where = found[layer.index], f"exponents at {layer.path}"
+        if is_hole(power):
+            raise TypeError(
+                f"{where} must be a number: the leaf is to be penalized. Leave it out "
+                "with mask=, or give it a number."
+            )
+        check_scalar(where, power, 0, math.inf)
+    return [
+        jnp.asarray(found[x.index], compute_dtype(jnp.result_type(leaves[x.index])))
+        for x in layers
+    ]
