@@ -32,10 +32,15 @@ def gathered(x: jax.Array, kept: Iterable[int]) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
+def is_split(x: jax.Array, axis: int) -> bool:
+    """Whether an explicit mesh splits an axis, which is then not to be cut."""
+    return placed(x, (axis,), None) not in (None, PartitionSpec(None))
+
+
 def first_of(x: jax.Array, axes: Iterable[int]) -> jax.Array:
     """The first entry along some axes, which are kept."""
     for axis in axes:
-        if placed(x, (axis,), None) in (None, PartitionSpec(None)):
+        if not is_split(x, axis):
             x = lax.slice_in_dim(x, 0, 1, axis=axis)
             continue
         # An explicit mesh does not cut a split axis, but can be asked for one entry.

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from weightreg._core._arguments import compute_dtype
 from weightreg._core._mesh import gathered, placed
@@ -216,7 +215,7 @@ def _p_norm(x: jax.Array, scale: jax.Array, p: float, axes: tuple[int, ...]) -> 
     if p == 1:
         size = total(jnp.abs(y))
     elif p == 2:
-        size = jnp.sqrt(_sum_in_halves(y * y, axes))
+        size = jnp.sqrt(total(y * y))
     else:  # The largest is 1 after division, and so is any power of it.
         largest = jnp.max(jnp.abs(y), axes, keepdims=True, initial=0)
         ratio = jnp.abs(y) * (1 / or_one(largest))
@@ -265,23 +264,6 @@ def scale_of(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     # The exponent's bits of 1 / x are these, but for a constant.
     infinity = ((1 << info.nexp) - 1) << info.nmant
     return lax.bitcast_convert_type(infinity - (bits & infinity), x.dtype)
-
-
-def _sum_in_halves(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """A sum over some axes, which are kept, with an even one of them cut in two.
-
-    XLA's model of a GPU would rather store numbers than calculate them inside of a sum
-    with few results. The sum of halves has twice as many.
-    """
-    even = [a for a in axes if x.shape[a] % 2 == 0 and x.shape[a]]
-    if not even or placed(x, even[-1:], None) not in (None, PartitionSpec(None)):
-        return jnp.sum(x, axes, keepdims=True)
-    cut = even[-1]
-    halves = x.reshape(*x.shape[:cut], 2, x.shape[cut] // 2, *x.shape[cut + 1 :])
-    within = tuple(a + (a >= cut) for a in axes)
-    sums = jnp.sum(halves, within, keepdims=True)
-    low, high = (lax.index_in_dim(sums, i, cut, keepdims=False) for i in (0, 1))
-    return low + high
 
 
 def power_iteration(

@@ -2,14 +2,16 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from weightreg._core._arguments import check_boolean
-from weightreg._core._mesh import first_of
-from weightreg._core._norms import Axes, Scaled, or_one, p_norm, scale_of
+from weightreg._core._mesh import first_of, is_split
+from weightreg._core._norms import Axes, Scaled, exponent_of, or_one, p_norm, scale_of
 from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
 
 SCOPES = ("unit", "layer")
@@ -62,21 +64,66 @@ class Statistics(NamedTuple):
 
 
 def measure(group: tuple[int, ...], center: bool, w: jax.Array) -> Statistics:
-    """The statistics of all groups, in two reads of the weights."""
-    scale = scale_of(w, group)
-    mean = _mean(group, w) if center else (jnp.zeros_like(scale),) * 2
-    size = p_norm(w - mean[0], 2, group, scale)
+    r"""The statistics of all groups, in two reads of the weights.
+
+    The mean is :math:`f + \overline{w - f}` with the first weight ``f``, so that of
+    weights that are all equal exactly 0 remains.
+    """
+    halves = _Halves.of(w, group)
+    scale = halves.join(jnp.minimum, scale_of(halves.w, halves.group))
+    mean = jnp.zeros_like(scale), jnp.zeros_like(scale)
+    if center:
+        first = first_of(w, group)
+        moved = halves.w - halves.expand(first)
+        total = halves.join(jnp.add, jnp.sum(moved, halves.group, keepdims=True))
+        rest = total / math.prod(w.shape[a] for a in group)
+        # Without the barrier these are computed anew where the weights are used, for
+        # which an optimizer that writes them in place would have to keep a copy.
+        mean = lax.optimization_barrier((first + rest, (first - (first + rest)) + rest))
+    moved = halves.w - halves.expand(mean[0])
+    size = p_norm(moved, 2, halves.group, halves.expand(scale))
+    size = Scaled(halves.join(_hypot, size.fraction), 1 - exponent_of(scale))
     inverse = jnp.where(size.fraction == 0, 0, scale / or_one(size.fraction))
     return Statistics(mean, size, inverse)
 
 
-def _mean(group: tuple[int, ...], w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean as a number and what its rounding has lost."""
-    # Of weights that are all equal exactly 0 remains.
-    first = first_of(w, group)
-    rest = jnp.mean(w - first, group, keepdims=True)
-    mean = first + rest
-    return mean, (first - mean) + rest
+class _Halves(NamedTuple):
+    """Weights of which an even axis of the groups is cut in two, if there is one.
+
+    XLA's model of a GPU would rather store numbers than calculate them inside of a sum
+    with few results, of which two halves have twice as many.
+    """
+
+    w: jax.Array
+    group: tuple[int, ...]
+    axis: int | None
+
+    @classmethod
+    def of(cls, w: jax.Array, group: tuple[int, ...]) -> "_Halves":
+        """The weights, cut along the last axis that can be."""
+        even = [a for a in group if w.shape[a] % 2 == 0 and not is_split(w, a)]
+        if not even:
+            return cls(w, group, None)
+        axis = even[-1]
+        shape = (*w.shape[:axis], 2, w.shape[axis] // 2, *w.shape[axis + 1 :])
+        return cls(w.reshape(shape), tuple(a + (a >= axis) for a in group), axis)
+
+    def expand(self, x: jax.Array) -> jax.Array:
+        """What is the same for both halves, to broadcast against them."""
+        return x if self.axis is None else jnp.expand_dims(x, self.axis)
+
+    def join(self, combine: Callable, x: jax.Array) -> jax.Array:
+        """What is known of each half, combined."""
+        if self.axis is None:
+            return x
+        take = functools.partial(lax.index_in_dim, x, axis=self.axis, keepdims=False)
+        return combine(take(0), take(1))
+
+
+def _hypot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The norm of two numbers of size one, with a derivative of 0 at 0."""
+    square = x * x + y * y
+    return jnp.where(square == 0, 0, jnp.sqrt(or_one(square)))
 
 
 def direction(w: jax.Array, s: Statistics) -> jax.Array:

@@ -456,8 +456,8 @@ def _penalty(form, energy, complexity, params, exponents, mask, dims) -> jax.Arr
     """The value of the penalty for a tree of parameters."""
     axes, powers = _weights(params, exponents, mask, dims)
     arrays = [w for _, w in each(params, axes)]
-    every = tuple(axes.values())
-    return penalty_value(form, energy, complexity, powers, every, arrays)
+    hyper = Hyper.of(energy, complexity, powers)
+    return penalty_value(form, hyper, tuple(axes.values()), arrays)
 
 
 def _weights(
