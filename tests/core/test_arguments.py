@@ -15,6 +15,7 @@ from weightreg._core._arguments import (
     check_count,
     check_params,
     check_scalar,
+    compute_dtype,
     each,
     each_with_update,
     match,
@@ -276,3 +277,9 @@ def test_schedules_are_evaluated_and_what_they_give_is_checked():
         at("volume", lambda count: "x", 0)
     with pytest.raises(ValueError, match="must be a scalar, but has shape"):
         at("alpha", lambda count: jnp.ones(3), 0)
+
+
+def test_a_dtype_without_arithmetic_is_named():
+    assert compute_dtype(jnp.bfloat16, np.float16) == jnp.float32
+    with pytest.raises(TypeError, match=r"float8_e5m2.*16 bits or more.*mask="):
+        compute_dtype(jnp.float8_e5m2)

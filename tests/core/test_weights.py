@@ -14,6 +14,7 @@ from jax.nn.initializers import variance_scaling
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
+from weightreg._core._weights import layers_for
 
 KEY = jax.random.key(0)
 
@@ -422,3 +423,16 @@ def test_left_out_gives_a_reason_for_every_leaf_that_is_no_weight():
     assert wr.left_out({}) == wr.left_out(None) == {}
     with pytest.raises(TypeError, match="static_args='mask'"):
         wr.left_out(jnp.array(3))
+
+
+def test_floats_of_8_bits_are_listed_but_refused_where_numbers_are_needed():
+    layer = {"kernel": jnp.ones((2, 3), jnp.float8_e4m3fn), "bias": jnp.ones(3)}
+    params = {"a": layer, "b": jnp.ones((3, 2), jnp.bfloat16)}
+    assert paths(params) == ["['a']['kernel']", "['b']"]
+    assert wr.weight_mask(params)["a"]["kernel"]
+    message = r"(?s)weissi cannot handle \['a'\]\['kernel'\] of dtype float8_e4m3fn"
+    for hint in (".*bfloat16, float16, float32, float64", ".*mask=", ".*astype"):
+        with pytest.raises(TypeError, match=message + hint):
+            layers_for("weissi", params, None, None)
+    (layer,) = layers_for("weissi", params, {"a": False, "b": True}, None)
+    assert layer == wr.weight_layers(params)[1]

@@ -10,8 +10,10 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 import weightreg as wr
+from weightreg._volumization._box import confine
 
 LOW = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 
@@ -147,3 +149,23 @@ def test_updates_of_another_dtype_are_exact_too(p_dtype, u_dtype):
     assert jnp.all(jnp.abs(w) <= jnp.asarray(0.3, p_dtype))
     assert jnp.mean(jnp.abs(w) == jnp.asarray(0.3, p_dtype)) > 0.3
     np.testing.assert_array_equal(w, step_in_one(p, u, 0.3, 0.0))
+
+
+def equations(jaxpr):
+    """The equations of a program and of all programs in it, by their names."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_leaf_is_traced_fast(dtype):
+    """NumPy's functions are programs of their own, traced anew for every shape."""
+    with jax.enable_x64(True):
+        leaves = [jnp.ones((2, n), dtype) for n in range(3, 8)]
+        walls = dict.fromkeys(range(5), 0.5)
+        program = jax.make_jaxpr(lambda p, u: confine(u, p, walls, 0.9))
+        names = list(equations(program(leaves, leaves).jaxpr))
+    assert names.count("jit") == names.count("custom_jvp_call") == len(leaves)
+    assert len(names) <= 130 * len(leaves)  # of them 60 for roundings to float16

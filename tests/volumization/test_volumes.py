@@ -1,6 +1,7 @@
 """The rules that set the walls, the bounds they promise, and what a volume may be."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -374,3 +375,53 @@ def test_layers_without_elements_have_no_wall(v, shape):
         params = {"kernel": jnp.zeros(shape)}
         assert wr.he_volume(v, fan)(params)["kernel"] >= 0
         wr.volumize(wr.he_volume(v, fan), 0.0).init(params)
+
+
+SCHEDULE = optax.linear_schedule(1.0, 0.5, 10)
+MANY = np.ones(3)
+RULES = {
+    "he": lambda: wr.he_volume(0.5),
+    "he, other v": lambda: wr.he_volume(0.25),
+    "he, other fan": lambda: wr.he_volume(0.5, "avg"),
+    "he, mask": lambda: wr.he_volume(0.5, mask={"a": True, "b": False}),
+    "he, other mask": lambda: wr.he_volume(0.5, mask={"a": True, "b": True}),
+    "he, dims": lambda: wr.he_volume(0.5, dims=Dims(0, 1)),
+    "he, other dims": lambda: wr.he_volume(0.5, dims=Dims(1, 0)),
+    "he, array": lambda: wr.he_volume(np.float32(0.75)),
+    "he, arrays": lambda: wr.he_volume(MANY),
+    "lipschitz": wr.lipschitz_volume,
+    "lipschitz, other bound": lambda: wr.lipschitz_volume(0.5),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_equal_arguments_are_equal_and_can_be_pickled(name):
+    rule, same = RULES[name](), RULES[name]()
+    assert rule == same and hash(rule) == hash(same)
+    assert [other for other in RULES if RULES[other]() == rule] == [name]
+    copy = pickle.loads(pickle.dumps(rule))
+    assert (copy == rule) == (name != "he, arrays")  # which is the same array no more
+    if not name.startswith("he, arrays"):
+        params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
+        assert copy(params) == rule(params)
+
+
+def test_what_does_not_compare_is_equal_to_itself_only():
+    assert wr.he_volume(SCHEDULE) == wr.he_volume(SCHEDULE)
+    assert wr.he_volume(SCHEDULE) != wr.he_volume(optax.linear_schedule(1.0, 0.5, 10))
+    assert wr.he_volume(np.ones(3)) != wr.he_volume(np.ones(3))
+    assert wr.he_volume(0.5) != 0.5 and wr.he_volume(1.0) != wr.lipschitz_volume(1.0)
+    compared = []
+
+    @jax.jit
+    def trace(x, y):
+        rules = [wr.he_volume(x), wr.he_volume(x), wr.he_volume(y), wr.he_volume(0.5)]
+        compared.extend(rule == rules[0] for rule in rules)
+
+    trace(0.5, 0.5)
+    assert compared == [True, True, False, False]
+
+
+def test_rules_say_what_they_are():
+    assert repr(wr.he_volume(0.5)) == "HeVolume(mask=None, dims=None, v=0.5, fan='out')"
+    assert repr(wr.lipschitz_volume()).startswith("LipschitzVolume(")

@@ -424,7 +424,7 @@ def test_what_schedules_give_is_checked(volume, alpha, error, match):
 
 
 def test_swapped_arguments_and_functions_that_fail_are_explained():
-    with pytest.raises(TypeError, match=r"alpha must be a scalar.*VolumeRule"):
+    with pytest.raises(TypeError, match=r"alpha must be a scalar.*HeVolume"):
         wr.volumize(0.99, wr.he_volume(0.5))
     tx = wr.volumize(lambda count: count * jnp.ones(2), 0.5)
     with pytest.raises(TypeError) as caught:

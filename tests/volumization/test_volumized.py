@@ -411,3 +411,30 @@ def test_a_parameter_called_mu_is_no_moment():
         np.testing.assert_array_equal(leaf, 0.0)
     for leaf in jax.tree.leaves(state.inner_state[0].nu):
         assert jnp.all(leaf > 0)
+
+
+def test_weak_moments_become_strong_without_a_program_for_each_shape(caplog):
+    params = {str(n): jnp.full((7, n), 0.5) for n in range(51, 61)}
+    assert all(leaf.weak_type for leaf in params.values())
+    tx = wr.volumized(ADAM, 0.5, 0.5)
+    ADAM.init(params)
+    with jax.log_compiles():
+        state = tx.init(params)
+    compiled = [r.message for r in caplog.records if r.message.startswith("Compiling")]
+    assert not [text for text in compiled if "convert_element_type" in text]
+    for leaf in jax.tree.leaves(state):
+        assert not leaf.weak_type
+    _, new = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+
+
+def test_a_moment_is_damped_by_few_operations():
+    """Ten for each leaf, and none of them a program of its own."""
+    params = [jnp.ones((3, n)) for n in range(3, 8)]
+    tx, bare = wr.volumized(ADAM, 0.5, 0.5), ADAM
+    count = lambda tx, *state: len(  # noqa: E731
+        jax.make_jaxpr(lambda p, s: tx.update(p, s, p))(params, *state).jaxpr.eqns
+    )
+    state = tx.init(params)
+    more = count(tx, state) - count(bare, state.inner_state)
+    assert more <= 10 * len(params) + 10

@@ -134,8 +134,19 @@ def floats(name: str, value: jax.typing.ArrayLike) -> jax.Array:
 
 
 def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """A dtype of at least 32 bits that holds values of all ``dtypes`` exactly."""
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    """A dtype of at least 32 bits that holds values of all ``dtypes`` exactly.
+
+    Raises:
+      TypeError: JAX promotes one of them to none, such as a float of 8 bits.
+    """
+    try:
+        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    except jax.dtypes.TypePromotionError as error:
+        names = ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        raise TypeError(
+            f"there is no arithmetic in {names}, only in floats of 16 bits or more: "
+            "cast, or leave leaves out with mask=."
+        ) from error
 
 
 def show_path(path: KeyPath) -> str:
@@ -212,14 +223,15 @@ def match(
             )
         unused.discard(prefix)
         found.append(entries[prefix])
-    holes = [
+    holes = {
         path
         for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hole)
         if is_hole(node)
-    ]
+    }
+    above = {hole[:n] for hole in holes for n in range(len(hole) + 1)}
     for path in unused:
-        in_hole = any(h[: len(path)] == path[: len(h)] for h in holes)
-        if not in_hole and not is_hole(entries[path]):
+        below = any(path[:n] in holes for n in range(len(path)))
+        if path not in above and not below and not is_hole(entries[path]):
             raise ValueError(
                 f"{name} has an entry at {show_path(path)}, where the parameters have "
                 f"none. They have: {', '.join(show_path(p) for p, _ in leaves)}."

@@ -28,7 +28,8 @@ from weightreg._core._packed_weight import PackedWeight
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
 Dims: TypeAlias = Any | Callable[[Any], Any] | None
 
-# The dtypes in which transformations that promise exact weights keep the promise.
+# The dtypes that methods calculate in. Floats of 8 bits are weights as well, which may
+# be listed, but JAX promotes them to nothing, and no method's result would fit them.
 SUPPORTED = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 # Flax gives these names to parameters that shift or scale units, and `ConvexSum` the
@@ -207,6 +208,19 @@ def weight_layers(
     return tuple(layer for _, layer in sorted(layers, key=lambda pl: order(pl[0])))
 
 
+def layers_for(
+    caller: str, params: Any, mask: Mask, dims: Dims
+) -> tuple[WeightLayer, ...]:
+    """The layers that a method works on, of which `weight_layers` tells more.
+
+    Raises:
+      TypeError: A weight is of a dtype that no method can handle.
+    """
+    layers = weight_layers(params, mask=mask, dims=dims)
+    check_dtypes(caller, params, (layer.index for layer in layers))
+    return layers
+
+
 def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
     """Says of each leaf whether it is a weight, in the order of ``jax.tree.leaves``."""
     _refuse_packed(params)
@@ -258,19 +272,19 @@ def stack_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
 
 
 def check_dtypes(caller: str, params: Any, wanted: Iterable[int]) -> None:
-    """Refuses weights in other dtypes than the ones arithmetic is exact in.
+    """Refuses weights in other dtypes than the ones that methods calculate in.
 
     Raises:
       TypeError: A leaf at one of the positions ``wanted`` is in none of `SUPPORTED`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    supported = [jnp.dtype(dtype) for dtype in SUPPORTED]
     for path, leaf in (leaves[index] for index in wanted):
-        if jnp.result_type(leaf) not in SUPPORTED:
+        if (dtype := jnp.result_type(leaf)) not in supported:
             raise TypeError(
-                f"{caller} cannot handle {show_path(path)} of dtype "
-                f"{jnp.result_type(leaf)}, only "
-                f"{', '.join(jnp.dtype(d).name for d in SUPPORTED)}. Leave it out with "
-                "mask=."
+                f"{caller} cannot handle {show_path(path)} of dtype {dtype}, only "
+                f"{', '.join(d.name for d in supported)}. Leave it out with mask=, or "
+                "keep it in one of these, as by leaf.astype(jnp.bfloat16)."
             )
 
 

@@ -58,29 +58,38 @@ def _pull(p, u, volume, alpha, stepped):
     """
     p_dtype, u_dtype = p.dtype, jnp.promote_types(p.dtype, u.dtype)
     dtype = compute_dtype(u_dtype)
-    alpha = jnp.asarray(alpha, dtype)
-    wall = round_to(jnp.asarray(volume, dtype), p_dtype)
-    p, u = p.astype(dtype), u.astype(dtype)
+    p, u, volume, alpha = (
+        lax.convert_element_type(x, dtype) for x in (p, u, volume, alpha)
+    )
+    wall = round_to(volume, p_dtype)
 
-    positive = u > -p
-    proposed = land(p, u, p_dtype, u_dtype)
-    outside = (jnp.abs(proposed) > wall) & stepped
-    excess = jnp.where(outside, jnp.abs(proposed) - wall, 0)
-    target = round_to(wall + damp(alpha, excess), p_dtype)
-    target = jnp.where(positive, target, -target)
-    increment = reach(p, target, positive, p_dtype, u_dtype)
+    positive = lax.gt(u, lax.neg(p))
+    distance = lax.abs(land(p, u, p_dtype, u_dtype))
+    outside = _all(lax.gt(distance, wall), stepped)
+    excess = lax.select(outside, lax.sub(distance, wall), lax.full_like(p, 0))
+    target = round_to(lax.add(wall, damp(alpha, excess)), p_dtype)
+    target = lax.select(positive, target, lax.neg(target))
+    increment = _increment(p, target, positive, p_dtype, u_dtype)
 
-    passes = jnp.where(positive, u > increment, u < increment)
-    hard = (alpha == 0) & (wall < jnp.inf) & stepped
+    passes = lax.select(positive, lax.gt(u, increment), lax.lt(u, increment))
+    hard = _all(lax.eq(alpha, dtype.type(0)), lax.lt(wall, dtype.type(np.inf)), stepped)
     # At alpha = 1 the increment is u but for rounding, and the derivative the same.
-    exact = jnp.where(alpha == 1, _with_derivative_of(increment, u), increment)
-    kept = jnp.where(outside | (passes & hard), exact, u)
-    return kept.astype(u_dtype), outside
+    function = lax.select(lax.eq(alpha, dtype.type(1)), u, lax.sub(target, p))
+    exact = _with_derivative_of(function, increment)
+    kept = lax.select(lax.bitwise_or(outside, _all(passes, hard)), exact, u)
+    kept = lax.convert_element_type(kept, u_dtype)
+    # Nothing is outside that becomes no number. This never matters, but makes what is
+    # outside depend on the sum in ``optax.apply_updates``, without which XLA computes
+    # a whole step twice on TPUs: once for the weight and once for its moment.
+    new = lax.add(lax.convert_element_type(p, u_dtype), kept)
+    return kept, _all(outside, lax.eq(new, new))
 
 
 def damp(alpha: jax.Array, x: jax.Array) -> jax.Array:
     """``alpha x``, but 0 for ``alpha = 0`` also where ``x`` is infinite."""
-    return jnp.where((alpha == 0) & jnp.isinf(x), 0, alpha * x)
+    zero, infinity = x.dtype.type(0), x.dtype.type(np.inf)
+    undefined = _all(lax.eq(lax.abs(x), infinity), lax.eq(alpha, zero))
+    return lax.select(undefined, lax.full_like(x, 0), lax.mul(alpha, x))
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -101,16 +110,17 @@ def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     # reduce_precision flushes what is subnormal in float16 (below 6e-5: common
     # increments). Adding and taking away a large number rounds to its grid instead.
     tiny, grid = float(info.tiny), float(info.smallest_subnormal)
-    large = 1.5 * 2.0 ** jnp.finfo(x.dtype).nmant * grid
-    return jnp.where(jnp.abs(x) < tiny, (x + large) - large, rounded)
+    large = x.dtype.type(1.5 * 2.0 ** jnp.finfo(x.dtype).nmant * grid)
+    is_subnormal = lax.lt(lax.abs(x), x.dtype.type(tiny))
+    return lax.select(is_subnormal, lax.sub(lax.add(x, large), large), rounded)
 
 
 def land(p: jax.Array, d: jax.Array, p_dtype, d_dtype) -> jax.Array:
     """What ``optax.apply_updates`` makes of parameter ``p`` and increment ``d``."""
-    return round_to(round_to(p + d, jnp.promote_types(p_dtype, d_dtype)), p_dtype)
+    both = jnp.promote_types(p_dtype, d_dtype)
+    return round_to(round_to(lax.add(p, d), both), p_dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def reach(p: jax.Array, t: jax.Array, outward: jax.Array, p_dtype, d_dtype):
     """The increment that takes ``p`` to ``t`` exactly, or else not quite to it.
 
@@ -126,27 +136,27 @@ def reach(p: jax.Array, t: jax.Array, outward: jax.Array, p_dtype, d_dtype):
       ``land(p, d)`` is ``t`` if some increment lands there, and else the nearest
       value that is not past ``t``. Its derivative is that of ``t - p``.
     """
+    return _with_derivative_of(
+        lax.sub(t, p), _increment(p, t, outward, p_dtype, d_dtype)
+    )
+
+
+def _increment(p, t, outward, p_dtype, d_dtype):
+    """The increment that `reach` returns, without its derivative."""
 
     def within(w):  # false for NaN
-        return jnp.where(outward, w <= t, w >= t)
+        return lax.select(outward, lax.le(w, t), lax.ge(w, t))
 
     # The exact t - p lies between the nearest increment and its neighbour on the side
     # on which that one misses, and landing is monotone: one of the two is the answer.
-    nearest = round_to(t - p, d_dtype)
+    nearest = round_to(lax.sub(t, p), d_dtype)
     w = land(p, nearest, p_dtype, d_dtype)
-    other = _neighbour(nearest, w < t, d_dtype)
+    other = _neighbour(nearest, lax.lt(w, t), d_dtype)
     other_within = within(land(p, other, p_dtype, d_dtype))
-    best = jnp.where((w != t) & other_within, other, nearest)
+    best = lax.select(_all(lax.ne(w, t), other_within), other, nearest)
     # But where the hardware flushes subnormal numbers both may be past t, and an
     # infinite p is past any. Zero is reached from everywhere else.
-    return jnp.where(within(w) | other_within, best, -p)
-
-
-@reach.defjvp
-def _reach_jvp(p_dtype, d_dtype, primals, tangents):
-    p, t, outward = primals
-    p_dot, t_dot, _ = tangents
-    return reach(p, t, outward, p_dtype, d_dtype), t_dot - p_dot
+    return lax.select(lax.bitwise_or(within(w), other_within), best, lax.neg(p))
 
 
 def _neighbour(d: jax.Array, upward: jax.Array, dtype) -> jax.Array:
@@ -155,11 +165,13 @@ def _neighbour(d: jax.Array, upward: jax.Array, dtype) -> jax.Array:
     ``lax.nextafter`` says the same with thrice the operations, for cases that
     increments do not need.
     """
-    bits = jnp.int16 if dtype.itemsize == 2 else jnp.int32
-    bits = jnp.int64 if dtype.itemsize == 8 else bits
-    pattern = lax.bitcast_convert_type(d.astype(dtype), bits)
-    step = jnp.where((d > 0) == upward, 1, -1).astype(bits)
-    return lax.bitcast_convert_type(pattern + step, dtype).astype(d.dtype)
+    bits = jnp.dtype(f"int{8 * dtype.itemsize}")
+    pattern = lax.bitcast_convert_type(lax.convert_element_type(d, dtype), bits)
+    one = bits.type(1)
+    away = lax.eq(lax.gt(d, d.dtype.type(0)), upward)
+    moved = lax.select(away, lax.add(pattern, one), lax.sub(pattern, one))
+    neighbour = lax.bitcast_convert_type(moved, dtype)
+    return lax.convert_element_type(neighbour, d.dtype)
 
 
 @jax.custom_jvp
@@ -172,6 +184,10 @@ def _with_derivative_of(function: jax.Array, value: jax.Array) -> jax.Array:
 @_with_derivative_of.defjvp
 def _with_derivative_of_jvp(primals, tangents):
     return _with_derivative_of(*primals), tangents[0]
+
+
+def _all(*conditions: jax.Array) -> jax.Array:
+    return functools.reduce(lax.bitwise_and, conditions)
 
 
 def _is_infinite(volume: Any) -> bool:

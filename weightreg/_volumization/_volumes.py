@@ -1,5 +1,6 @@
 """The size of the box: rules that give every layer its volume, and their checks."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -33,19 +34,23 @@ from weightreg._core._weights import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class VolumeRule:
+@dataclasses.dataclass(frozen=True, eq=False)
+class VolumeRule(abc.ABC):
     """A function of the parameters that gives each weight its volume.
 
+    Rules are equal if they are of one kind and their arguments are equal.
+
     Attributes:
-      volumes: A function from all layers to one volume for each.
       mask: Which leaves are weights, by default the ``mask`` given to `volumize`.
       dims: What their axes mean, by default the ``dims`` given to `volumize`.
     """
 
-    volumes: Callable[[tuple[WeightLayer, ...]], list[Number]]
-    mask: Mask = None
-    dims: Dims = None
+    mask: Mask
+    dims: Dims
+
+    @abc.abstractmethod
+    def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
+        """One volume for each of all layers."""
 
     def __call__(self, params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
         """Makes the tree of volumes, with ``None`` for leaves that are no weights."""
@@ -56,6 +61,65 @@ class VolumeRule:
         indices = (layer.index for layer in layers)
         volumes = dict(zip(indices, self.volumes(layers), strict=True))
         return spread(params, volumes, None)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, VolumeRule) or type(self) is not type(other):
+            return False
+        names = [field.name for field in dataclasses.fields(self)]
+        return all(_equal(getattr(self, n), getattr(other, n)) for n in names)
+
+    def __hash__(self) -> int:
+        # Arguments may be arrays and trees, which have no hash, and equal numbers of
+        # different kinds need not have the same.
+        return hash(type(self))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeVolume(VolumeRule):
+    """The rule that `he_volume` makes."""
+
+    v: Number
+    fan: str
+
+    def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
+        """One volume for each layer, by its own fan."""
+        return [self._volume(_FANS[self.fan](layer)) for layer in layers]
+
+    def _volume(self, fan: float) -> Number:
+        if not fan:  # for a layer without elements no wall matters
+            return math.inf
+        return _lift(lambda v: v * math.sqrt(6 / fan), self.v)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LipschitzVolume(VolumeRule):
+    """The rule that `lipschitz_volume` makes."""
+
+    bound: Number
+
+    def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
+        """One volume for each layer, for which it matters how many there are."""
+        # With dims, two reduction axes may be attention's or hold a window. The bound
+        # is safe if they are taken to hold one.
+        windows = [
+            max(math.prod(x.shape[a] for a in x.input_axes[:-1]), 1) for x in layers
+        ]
+        stacked = [math.prod(x.shape[a] for a in x.stack_axes) for x in layers]
+        depth = max(sum(stacked), 1)
+
+        def volume(layer: WeightLayer, window: int) -> Number:
+            sides = max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
+            scale = 1 / (sides * math.sqrt(window))
+            return _lift(lambda c: c ** (1 / depth) * scale, self.bound)
+
+        return list(map(volume, layers, windows))
+
+
+_FANS: dict[str, Callable[[WeightLayer], float]] = {
+    "out": lambda layer: layer.fan_out,
+    "in": lambda layer: layer.fan_in,
+    "avg": lambda layer: (layer.fan_in + layer.fan_out) / 2,
+}
 
 
 def he_volume(
@@ -96,22 +160,10 @@ def he_volume(
       >>> wr.he_volume(0.5)({"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)})
       {'bias': None, 'kernel': 0.5}
     """
-    fans = {
-        "out": lambda layer: layer.fan_out,
-        "in": lambda layer: layer.fan_in,
-        "avg": lambda layer: (layer.fan_in + layer.fan_out) / 2,
-    }
-    if fan not in list(fans):
+    if fan not in list(_FANS):
         raise ValueError(f"fan must be one of 'out', 'in' and 'avg', not {fan!r}.")
     check_volume("v", v)
-
-    def volume(layer: WeightLayer) -> Number:
-        h = fans[fan](layer)
-        if not h:  # for a layer without elements no wall matters
-            return math.inf
-        return _lift(lambda v: v * math.sqrt(6 / h), v)
-
-    return VolumeRule(lambda layers: [volume(x) for x in layers], mask, dims)
+    return HeVolume(mask, dims, v, fan)
 
 
 def lipschitz_volume(
@@ -160,24 +212,7 @@ def lipschitz_volume(
       {'bias': None, 'kernel': 0.125}
     """
     check_volume("bound", bound)
-
-    def volumes(layers: tuple[WeightLayer, ...]) -> list[Number]:
-        # With dims, two reduction axes may be attention's or hold a window. The bound
-        # is safe if they are taken to hold one.
-        windows = [
-            max(math.prod(x.shape[a] for a in x.input_axes[:-1]), 1) for x in layers
-        ]
-        stacked = [math.prod(x.shape[a] for a in x.stack_axes) for x in layers]
-        depth = max(sum(stacked), 1)
-
-        def volume(layer: WeightLayer, window: int) -> Number:
-            sides = max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
-            scale = 1 / (sides * math.sqrt(window))
-            return _lift(lambda c: c ** (1 / depth) * scale, bound)
-
-        return list(map(volume, layers, windows))
-
-    return VolumeRule(volumes, mask, dims)
+    return LipschitzVolume(mask, dims, bound)
 
 
 def check_volume(name: str, volume: Any) -> None:
@@ -283,6 +318,14 @@ def _lift(fn: Callable[[Any], Any], number: Number) -> Number:
     if callable(number):
         return lambda count: fn(number(count))
     return fn(number)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal. What does not compare is equal to itself."""
+    try:
+        return a is b or bool(a == b)
+    except Exception:  # arrays of several elements, and traced ones
+        return False
 
 
 def _is_schedule(volume: Callable[[Any], Any], params: Any) -> bool:

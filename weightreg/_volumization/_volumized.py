@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from weightreg._core._arguments import (
     Number,
@@ -161,9 +162,10 @@ def volumized(
         def damped(index: int, moment: jax.Array) -> jax.Array:
             if index not in outside:
                 return moment
-            wide = moment.astype(compute_dtype(moment.dtype))
-            less = damp(jnp.asarray(share, wide.dtype), wide).astype(moment.dtype)
-            return jnp.where(outside[index], less, moment)
+            wide = lax.convert_element_type(moment, compute_dtype(moment.dtype))
+            less = damp(jnp.asarray(share, wide.dtype), wide)
+            less = lax.convert_element_type(less, moment.dtype)
+            return lax.select(outside[index], less, moment)
 
         inner, _ = map_moments(damped, inner, params)
         count = jnp.where(stepped, optax.safe_increment(state.count), state.count)
@@ -316,7 +318,13 @@ def _strong(state: Any) -> Any:
     """
 
     def strong(x):
-        weak = isinstance(x, jax.Array) and x.aval.weak_type
-        return lax.convert_element_type(x, x.dtype) if weak else x
+        if not isinstance(x, jax.Array) or not x.aval.weak_type:
+            return x
+        if isinstance(x, Tracer):
+            return lax.convert_element_type(x, x.dtype)
+        # A conversion would be a program for each shape, and arrays of shards are
+        # strong.
+        shards = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
 
     return jax.tree.map(strong, state)
