@@ -5,11 +5,12 @@ describe an ``nnx.State``, and a tree given for all parameters still fits after
 ``optax.masked`` has cut holes (``optax.MaskedNode``) into them.
 """
 
+import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,29 @@ class CountState(NamedTuple):
     def next(self) -> "CountState":
         """The state after one more step."""
         return CountState(optax.safe_increment(self.count))
+
+
+class EqualByFields:
+    """Of dataclasses that are equal if their fields are, which may be arrays."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return False
+        names = [field.name for field in dataclasses.fields(cast(Any, self))]
+        return all(_equal(getattr(self, n), getattr(other, n)) for n in names)
+
+    def __hash__(self) -> int:
+        # Fields may be arrays and trees, which have no hash, and equal numbers of
+        # different kinds need not have the same.
+        return hash(type(self))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are equal. What does not compare is equal to itself."""
+    try:
+        return a is b or bool(a == b)
+    except Exception:  # arrays of several elements, and traced ones
+        return False
 
 
 def is_real(value: Any) -> bool:

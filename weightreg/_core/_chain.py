@@ -16,7 +16,7 @@ from jax.tree_util import GetAttrKey
 
 from weightreg._core._arguments import KeyPath, compute_dtype, show_path
 from weightreg._core._norms import Axes, Norm, Scaled, concatenate, norm_of
-from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
+from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
 
 LayerOrder: TypeAlias = Sequence[WeightLayer | str] | None
 """Layers in the order in which a network calls them, which `chain_of` reads."""
@@ -58,7 +58,7 @@ def chain_of(
       TypeError: ``layers`` is no sequence of layers and strings.
     """
     paths = jax.tree_util.tree_leaves_with_path(params)
-    weights = weight_layers(params, mask=mask, dims=dims)
+    weights = layers_for("a chain of layers", params, mask, dims)
     strict = mask is not None or dims is not None
     chosen = weights if layers is None else _choose(layers, weights, paths, strict)
     for layer in chosen:

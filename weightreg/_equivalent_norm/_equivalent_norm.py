@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from weightreg._core._arguments import check_scalar, compute_dtype, each, replaced
+from weightreg._core._arguments import (
+    EqualByFields,
+    check_scalar,
+    compute_dtype,
+    each,
+    replaced,
+)
 from weightreg._core._norms import Axes
 from weightreg._core._weights import Dims, Mask, WeightLayer
 from weightreg._equivalent_norm._groups import (
@@ -34,7 +40,7 @@ class LearntNorm(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NormMap:
+class NormMap(EqualByFields):
     """The map that `equivalent_norm` returns, from stored to effective parameters."""
 
     scope: str
@@ -85,7 +91,8 @@ class NormMap:
         return replaced(params, mapped, params)
 
     def _layers(self, params: Any) -> list[WeightLayer]:
-        return layers_of(params, self.scope, self.center, self.mask, self.dims)
+        form = self.scope, self.center, self.mask, self.dims
+        return layers_of("equivalent_norm", params, *form)
 
 
 def equivalent_norm(

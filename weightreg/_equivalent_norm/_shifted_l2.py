@@ -95,7 +95,7 @@ def shifted_l2(
         check_scalar(name, value, 0, math.inf)
 
     def penalty(params: Any) -> jax.Array:
-        layers = layers_of(params, scope, center, mask, dims)
+        layers = layers_of("shifted_l2", params, scope, center, mask, dims)
         axes = {x.index: Axes.of(x) for x in layers}
         total = jnp.zeros([], jnp.float32)
         for i, w in each(params, axes):
@@ -174,13 +174,13 @@ def add_shifted_l2(
         check_scheduled(name, value, 0, math.inf)
 
     def init_fn(params):
-        layers_of(params, scope, center, mask, dims)
+        layers_of("add_shifted_l2", params, scope, center, mask, dims)
         return CountState.zero()
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_params(params)
-        layers = layers_of(params, scope, center, mask, dims)
+        layers = layers_of("add_shifted_l2", params, scope, center, mask, dims)
         axes = {x.index: Axes.of(x) for x in layers}
         lam = at("strength", strength, state.count)
         aim = at("epsilon", epsilon, state.count)

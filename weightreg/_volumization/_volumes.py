@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from weightreg._core._arguments import (
+    EqualByFields,
     Number,
     check_scheduled,
     check_shape,
@@ -35,10 +36,8 @@ from weightreg._core._weights import (
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class VolumeRule(abc.ABC):
+class VolumeRule(EqualByFields, abc.ABC):
     """A function of the parameters that gives each weight its volume.
-
-    Rules are equal if they are of one kind and their arguments are equal.
 
     Attributes:
       mask: Which leaves are weights, by default the ``mask`` given to `volumize`.
@@ -61,17 +60,6 @@ class VolumeRule(abc.ABC):
         indices = (layer.index for layer in layers)
         volumes = dict(zip(indices, self.volumes(layers), strict=True))
         return spread(params, volumes, None)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, VolumeRule) or type(self) is not type(other):
-            return False
-        names = [field.name for field in dataclasses.fields(self)]
-        return all(_equal(getattr(self, n), getattr(other, n)) for n in names)
-
-    def __hash__(self) -> int:
-        # Arguments may be arrays and trees, which have no hash, and equal numbers of
-        # different kinds need not have the same.
-        return hash(type(self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -318,14 +306,6 @@ def _lift(fn: Callable[[Any], Any], number: Number) -> Number:
     if callable(number):
         return lambda count: fn(number(count))
     return fn(number)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two arguments are equal. What does not compare is equal to itself."""
-    try:
-        return a is b or bool(a == b)
-    except Exception:  # arrays of several elements, and traced ones
-        return False
 
 
 def _is_schedule(volume: Callable[[Any], Any], params: Any) -> bool:

@@ -21,7 +21,7 @@ from weightreg._core._norms import (
     scaled,
     times_power,
 )
-from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
+from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
 
 
 def shift_scales(
@@ -196,7 +196,7 @@ def minimum_weight_decay(
       >>> print(wr.minimum_weight_decay(params))  # 4^2 + 4^2, now 8^2 + 2^2
       32.0
     """
-    layers = weight_layers(params, mask=mask, dims=dims)
+    layers = layers_for("minimum_weight_decay", params, mask, dims)
     if not layers:
         return jnp.zeros([], jnp.float32)
     return _minimum(chain_norms(params, layers, FROBENIUS))

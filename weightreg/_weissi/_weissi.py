@@ -26,7 +26,13 @@ from weightreg._core._arguments import (
     spread,
 )
 from weightreg._core._norms import Axes, Norm, start_vector
-from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
+from weightreg._core._weights import (
+    Dims,
+    Mask,
+    WeightLayer,
+    layers_for,
+    weight_layers,
+)
 from weightreg._weissi._penalty import (
     Form,
     Hyper,
@@ -464,7 +470,7 @@ def _weights(
     params: Any, exponents: Any, mask: Mask, dims: Dims
 ) -> tuple[dict[int, Axes], list[jax.Array]]:
     """The axes of all weights by their positions, and the exponents ``n_l``."""
-    layers = weight_layers(params, mask=mask, dims=dims)
+    layers = layers_for("weissi", params, mask, dims)
     powers = _powers(exponents, params, layers, mask, dims)
     return {layer.index: Axes.of(layer) for layer in layers}, powers
 
