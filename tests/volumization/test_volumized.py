@@ -429,7 +429,7 @@ def test_weak_moments_become_strong_without_a_program_for_each_shape(caplog):
 
 
 def test_a_moment_is_damped_by_few_operations():
-    """Ten for each leaf, and none of them a program of its own."""
+    """Some for each leaf, of which one is a program: that of the box."""
     params = [jnp.ones((3, n)) for n in range(3, 8)]
     tx, bare = wr.volumized(ADAM, 0.5, 0.5), ADAM
     count = lambda tx, *state: len(  # noqa: E731
@@ -437,4 +437,4 @@ def test_a_moment_is_damped_by_few_operations():
     )
     state = tx.init(params)
     more = count(tx, state) - count(bare, state.inner_state)
-    assert more <= 10 * len(params) + 10
+    assert more <= 13 * len(params) + 10

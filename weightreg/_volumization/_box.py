@@ -74,15 +74,21 @@ def _pull(p, u, volume, alpha, stepped):
     passes = lax.select(positive, lax.gt(u, increment), lax.lt(u, increment))
     hard = _all(lax.eq(alpha, dtype.type(0)), lax.lt(wall, dtype.type(np.inf)), stepped)
     # At alpha = 1 the increment is u but for rounding, and the derivative the same.
-    function = lax.select(lax.eq(alpha, dtype.type(1)), u, lax.sub(target, p))
-    exact = _with_derivative_of(function, increment)
+    exact = lax.select(lax.eq(alpha, dtype.type(1)), u, increment)
+    exact = _with_derivative_of(lax.sub(target, p), exact)
     kept = lax.select(lax.bitwise_or(outside, _all(passes, hard)), exact, u)
-    kept = lax.convert_element_type(kept, u_dtype)
-    # Nothing is outside that becomes no number. This never matters, but makes what is
-    # outside depend on the sum in ``optax.apply_updates``, without which XLA computes
-    # a whole step twice on TPUs: once for the weight and once for its moment.
-    new = lax.add(lax.convert_element_type(p, u_dtype), kept)
-    return kept, _all(outside, lax.eq(new, new))
+    return lax.convert_element_type(kept, u_dtype), outside
+
+
+def tied(update: jax.Array, moment: jax.Array) -> jax.Array:
+    """``update`` as it is, computed from what it does not depend on.
+
+    XLA makes weight and moment in one pass over memory if one is made of the other,
+    and else computes the optimizer's step once for each: on TPUs that moves 65 bytes a
+    parameter, and not Adam's 36. It does not see that no magnitude is below -1.
+    """
+    never = lax.lt(lax.abs(moment), moment.dtype.type(-1))
+    return lax.select(never, lax.full_like(update, 0), update)
 
 
 def damp(alpha: jax.Array, x: jax.Array) -> jax.Array:

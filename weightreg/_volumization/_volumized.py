@@ -20,10 +20,12 @@ from weightreg._core._arguments import (
     at,
     check_params,
     compute_dtype,
+    each,
+    replaced,
     show_path,
 )
 from weightreg._core._weights import Dims, Mask
-from weightreg._volumization._box import confine, damp
+from weightreg._volumization._box import confine, damp, tied
 from weightreg._volumization._volumes import check_alpha, check_argument, volumes_of
 
 # States are told by the names of their classes, so that one which a version of Optax
@@ -158,6 +160,7 @@ def volumized(
         )
         stepped = took_step(updates, state.inner_state, inner)
         updates, outside = confine(updates, params, walls, share, stepped)
+        moments: dict[int, jax.Array] = {}
 
         def damped(index: int, moment: jax.Array) -> jax.Array:
             if index not in outside:
@@ -165,9 +168,14 @@ def volumized(
             wide = lax.convert_element_type(moment, compute_dtype(moment.dtype))
             less = damp(jnp.asarray(share, wide.dtype), wide)
             less = lax.convert_element_type(less, moment.dtype)
-            return lax.select(outside[index], less, moment)
+            moments[index] = lax.select(outside[index], less, moment)
+            return moments[index]
 
         inner, _ = map_moments(damped, inner, params)
+        # Where nothing is damped, XLA rounds a step as it does without a wall.
+        if isinstance(share, Tracer) or np.asarray(share) != 1:
+            new = {i: tied(u, moments[i]) for i, u in each(updates, moments)}
+            updates = replaced(updates, new, params)
         count = jnp.where(stepped, optax.safe_increment(state.count), state.count)
         return updates, VolumizedState(count, _strong(inner))
 
