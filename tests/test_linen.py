@@ -274,15 +274,34 @@ def test_layers_in_a_network_are_wrapped_one_by_one():
             x = EquivalentNorm(nn.Dense(5), LEARN, name="b")(x)
             return nn.Dense(2)(x)
 
-    x = IMAGES[:, 0, 0]
+    x = IMAGES[:, 0].reshape(5, 12)
     variables = Outer().init(KEY, x)
-    leaves = jax.tree.leaves(variables["params"])
+    params = variables["params"]
+    leaves = jax.tree.leaves(params)
     shapes = sorted(leaf.shape for leaf in leaves if leaf.ndim == 2)
-    assert shapes == [(2, 4), (4, 5), (5, 2)]
-    assert set(variables["params"]["b"]) == {"log_alpha"}
-    grads = jax.grad(lambda v: jnp.sum(Outer().apply(v, x) ** 2))(variables)
+    assert shapes == [(4, 5), (5, 2), (12, 4)]
+    assert set(params["b"]) == {"log_alpha"}
+
+    def loss(log_alpha):
+        """In float64 NumPy, where biases are zeros."""
+        first, second, last = (
+            np.asarray(params[f"Dense_{i}"]["kernel"], np.float64) for i in range(3)
+        )
+        hidden = np.maximum(x @ eq_22(first), 0) @ eq_22(second)
+        return np.sum((math.exp(log_alpha / 2) * hidden @ last) ** 2)
+
+    def eq_22(kernel):
+        centred = kernel - kernel.mean(0)
+        return centred / np.linalg.norm(centred, axis=0) / math.sqrt(kernel.shape[1])
+
+    value, grads = jax.value_and_grad(lambda v: jnp.sum(Outer().apply(v, x) ** 2))(
+        variables
+    )
     chex.assert_tree_all_finite(grads)
-    assert grads["params"]["b"]["log_alpha"] != 0
+    np.testing.assert_allclose(value, loss(0.0), rtol=1e-5)
+    slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+    assert slope > 0.01  # and not what rounding left
+    np.testing.assert_allclose(grads["params"]["b"]["log_alpha"], slope, rtol=1e-4)
 
 
 @pytest.mark.parametrize("norm", [wr.equivalent_norm(), LEARN])

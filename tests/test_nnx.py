@@ -362,7 +362,10 @@ def test_an_optimizer_trains_it():
     before = params_of(model)
     values = [float(step(model, optimizer)) for _ in range(30)]
     assert np.mean(values[-5:]) < 0.8 * np.mean(values[:5])
-    assert all(np.any(leaf != before[path]) for path, leaf in params_of(model).items())
+    moved = params_of(model)
+    # Batch normalization takes away the bias before it, which only rounding moves.
+    del moved["module", "conv", "bias"]
+    assert all(np.abs(leaf - before[p]).max() > 1e-3 for p, leaf in moved.items())
 
 
 def test_scanned_layers():

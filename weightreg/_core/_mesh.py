@@ -1,5 +1,6 @@
 """Where sums over split axes go, which a mesh with explicit axes wants to be told."""
 
+import math
 from collections.abc import Iterable
 
 import jax
@@ -49,3 +50,21 @@ def first_of(x: jax.Array, axes: Iterable[int]) -> jax.Array:
         whole = placed(x, range(x.ndim), kept)
         x = x.at[index].get(out_sharding=whole)
     return x
+
+
+def split_like(x: jax.typing.ArrayLike, like: jax.Array) -> jax.typing.ArrayLike:
+    """``x``, whose first axis an explicit mesh splits as it does that of ``like``."""
+    first = placed(like, (0,), None)
+    if first is None:
+        return x
+    mesh, spec = jax.typeof(like).sharding.mesh, jax.typeof(x).sharding.spec
+    where = NamedSharding(mesh, PartitionSpec(*first, *spec[1:]))
+    return jax.sharding.reshard(x, where)
+
+
+def parts(x: jax.Array) -> int:
+    """Into how many parts an explicit mesh splits the first axis."""
+    (names,) = placed(x, (0,), None) or (None,)
+    names = names if isinstance(names, tuple) else (names,)
+    mesh = jax.typeof(x).sharding.mesh
+    return math.prod(mesh.shape[name] for name in names if name is not None)

@@ -144,7 +144,8 @@ def pgd(
     gradient flows through the attack. See `fgsm` for the limits of this.
 
     A call runs ``restarts * steps`` forward and backward passes and ``restarts + 1``
-    forward passes. Outside ``jax.jit`` it compiles their loops anew at every call.
+    forward passes. Outside of ``jax.jit`` each call compiles their loops anew; wrap
+    what you call repeatedly.
 
     Args:
       loss: Function ``(x, y) -> (batch,)``, in which no example may depend on another:

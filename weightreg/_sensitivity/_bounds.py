@@ -17,7 +17,7 @@ from weightreg._core._norms import (
     or_one,
     parse_norm,
 )
-from weightreg._core._weights import Dims, Mask, WeightLayer, weight_layers
+from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
 
 _BOUNDS = ("frobenius", "spectral")
 
@@ -162,7 +162,7 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
       >>> print(jnp.exp(bounds.log_mean_power))  # 34^2
       1156.0
     """
-    layers = weight_layers(params, mask=mask, dims=dims)
+    layers = layers_for("gbr_bounds", params, mask, dims)
     if not layers:
         return GbrBounds(jnp.zeros([]), jnp.zeros([]))
     return _gbr_bounds(chain_norms(params, layers, FROBENIUS))

@@ -1,17 +1,16 @@
 """Sensitivity of a network to its input: gradients, Jacobians, and their mean."""
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from weightreg._core._arguments import check_count, compute_dtype, show_path
-from weightreg._core._mesh import gathered, placed
-from weightreg._core._norms import FROBENIUS, Axes, Scaled, norm_of, or_one
+from weightreg._core._arguments import check_count, show_path
+from weightreg._core._norms import FROBENIUS, Axes, norm_of
+from weightreg._sensitivity._batches import map_batches
+from weightreg._sensitivity._example import Estimate, norms, projected, squared
 
 
 def input_gradient_norms(
@@ -38,8 +37,9 @@ def input_gradient_norms(
       x: The examples, a floating array ``(batch, ...)``.
       *args: Further arguments of ``f``, such as labels: arrays, or trees of arrays, of
         the same first axis. Nothing is differentiated by them.
-      batch_size: How many examples to take at once. Fewer take less memory and more
-        time, since each holds its whole Jacobian. ``None`` takes all.
+      batch_size: How many examples to take at once, as in `jacobian_norms`. ``None``
+        takes all. Outside of ``jax.jit`` each call that takes batches compiles anew;
+        wrap what you call repeatedly.
 
     Returns:
       The norms, ``(batch, *outputs)`` for an output of shape ``outputs``, in float32 at
@@ -69,26 +69,7 @@ def input_gradient_norms(
       Array([5., 1., 1.], dtype=float32)
     """
     x = _examples(x, args)
-
-    def norms(example: jax.Array, *rest: Any) -> jax.Array:
-        jacobian = _jacobian(f, example, rest)
-        inputs = tuple(range(jacobian.ndim - example.ndim, jacobian.ndim))
-        size = norm_of(jacobian, FROBENIUS, Axes(inputs, ()))
-        return jnp.squeeze(size.value(), inputs)
-
-    return _map(norms, (x, *args), batch_size)
-
-
-class Estimate(NamedTuple):
-    """What random projections say about a mean.
-
-    Attributes:
-      mean: An unbiased estimate of it.
-      standard_error: The standard deviation of that estimate, itself estimated.
-    """
-
-    mean: jax.Array
-    standard_error: jax.Array
+    return map_batches(functools.partial(norms, f), (x, *args), batch_size)
 
 
 @overload
@@ -136,6 +117,12 @@ def jacobian_norms(
     should be in inference mode. The result can be differentiated, to be a penalty in
     training.
 
+    Where devices split the examples, each of them takes its part of every batch, of one
+    example at least, and no example moves. An explicit mesh is known; with ``Auto``
+    axes the devices have to be 2, 4, 8, ..., and no more than ``batch_size``, or else
+    examples are gathered. Outside of ``jax.jit`` each call that takes batches compiles
+    anew; wrap what you call repeatedly.
+
     Args:
       f: Function of one example, and of what ``args`` hold for it, to one floating
         array of any shape. It must not know about the batch.
@@ -145,10 +132,10 @@ def jacobian_norms(
       probes: Number of random projections, 2 or more. ``None`` gives the exact norms.
       key: Key of ``jax.random``, to be given with ``probes``. Every example has its own
         ``v``. Inside of ``shard_map`` give every device its own key.
-      batch_size: How many examples to take at once. Fewer take less memory and more
-        time, since each holds its whole Jacobian or its projections, which a derivative
-        of the result computes again. Where an explicit mesh splits the examples,
-        batches are taken on every device. ``None`` takes all.
+      batch_size: How many examples to take at once, or up to half of that fewer. Fewer
+        take less memory and more time, since each holds its whole Jacobian or its
+        projections, which a derivative of the result computes again. ``None`` takes
+        all.
 
     Returns:
       The squared norms ``(batch,)`` in float32 at least, or with ``probes`` an
@@ -181,25 +168,11 @@ def jacobian_norms(
     if (probes is None) != (key is None):
         raise ValueError("probes and key must be given together, or neither.")
     if probes is None or key is None:
-
-        def exact(example: jax.Array, *rest: Any) -> jax.Array:
-            jacobian = _jacobian(f, example, rest)
-            return _square(tuple(range(jacobian.ndim)), jacobian).reshape(())
-
-        return _map(exact, (x, *args), batch_size)
+        return map_batches(functools.partial(squared, f), (x, *args), batch_size)
     count = check_count("probes", probes, 2)
     keys = jax.random.split(key, x.shape[0])
-    if (spec := placed(x, (0,), None)) is not None:
-        keys = jax.sharding.reshard(keys, spec)
-
-    def estimate(key: jax.Array, example: jax.Array, *rest: Any) -> Estimate:
-        squares = _projected(f, key, count, example, rest)
-        # Their variance is in range only after division by one of them.
-        largest = or_one(lax.stop_gradient(jnp.max(squares)))
-        error = jnp.std(squares / largest, ddof=1) / math.sqrt(count)
-        return Estimate(jnp.mean(squares), largest * error)
-
-    return _map(estimate, (keys, x, *args), batch_size)
+    projections = functools.partial(projected, f, count)
+    return map_batches(projections, (x, keys, *args), batch_size)
 
 
 @overload
@@ -237,7 +210,9 @@ def gbr(
     .. math::
       \frac 1 n \sum_{i=1}^n \Big\| \frac{\partial f(x_i)}{\partial x_i} \Big\|_F^2
 
-    This is the mean of what `jacobian_norms` gives, a batch at a time.
+    This is the mean of what `jacobian_norms` gives, a batch at a time. Outside of
+    ``jax.jit`` each call with more examples than ``batch_size`` compiles anew; wrap
+    what you call repeatedly.
 
     Args:
       f: Function of one example, and of what ``args`` hold for it, to one floating
@@ -249,7 +224,8 @@ def gbr(
         will do. ``None`` gives the exact norms.
       key: Key of ``jax.random``, to be given with ``probes``. Inside of ``shard_map``
         give every device its own key.
-      batch_size: How many examples to take at once. ``None`` takes all.
+      batch_size: How many examples to take at once, as in `jacobian_norms`. ``None``
+        takes all.
 
     Returns:
       A scalar, in float32 at least, or with ``probes`` an `Estimate`, whose error is
@@ -335,78 +311,3 @@ def _examples(x: Any, args: tuple[Any, ...]) -> jax.Array:
                 f"examples, but has shape {jnp.shape(leaf)}."
             )
     return jnp.asarray(x)
-
-
-def _check_output(out: Any) -> None:
-    """Refuses what is not one array of floats, or the shape and dtype of one."""
-    is_array = isinstance(out, jax.ShapeDtypeStruct | jax.Array)
-    if not is_array or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise TypeError(f"f must return one floating-point array, but returns {out}.")
-
-
-def _jacobian(
-    f: Callable[..., jax.Array], example: jax.Array, args: tuple[Any, ...]
-) -> jax.Array:
-    """The Jacobian ``(*outputs, *inputs)`` of one example, in the cheaper mode."""
-    out = jax.eval_shape(f, example, *args)
-    _check_output(out)
-    differentiate = jax.jacfwd if example.size < out.size else jax.jacrev
-    dtype = compute_dtype(example.dtype, out.dtype)
-    return differentiate(f)(example, *args).astype(dtype)
-
-
-def _projected(
-    f: Callable[..., jax.Array],
-    key: jax.Array,
-    probes: int,
-    example: jax.Array,
-    args: tuple[Any, ...],
-) -> jax.Array:
-    """Squared norms ``(probes,)`` of gradients of random sums of the outputs."""
-    out, pullback = jax.vjp(lambda x: f(x, *args), example)
-    _check_output(out)
-    vectors = jax.random.normal(key, (probes, *out.shape), compute_dtype(out.dtype))
-    # They are made short, for a random sum of gradients may be out of float16's range.
-    shrink = 2.0 ** -math.ceil(math.log2(4 * math.sqrt(max(out.size, 1))))
-    # Inside of shard_map this 0 makes them vary between devices as the output does.
-    zero = jnp.where(out == out, 0, 0).astype(out.dtype)
-    (gradients,) = jax.vmap(pullback)((shrink * vectors).astype(out.dtype) + zero)
-    wide = gradients.astype(compute_dtype(gradients.dtype)) / shrink
-    return _square(tuple(range(1, wide.ndim)), wide).reshape(probes)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _square(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
-    """Squared Frobenius norms, infinite or 0 only where they are out of range."""
-    size = norm_of(x, FROBENIUS, Axes(axes, ()))
-    return Scaled(size.fraction**2, 2 * size.exponent).value()
-
-
-@_square.defjvp
-def _square_jvp(axes, primals, tangents):
-    (x,), (x_dot,) = primals, tangents
-    # A norm has no derivative at 0, but its square has.
-    return _square(axes, x), 2 * jnp.sum(x * x_dot, axes, keepdims=True)
-
-
-def _map(f: Callable[..., Any], xs: tuple[Any, ...], batch_size: int | None) -> Any:
-    """Maps ``f`` over the first axes of arguments, ``batch_size`` entries at a time."""
-    if batch_size is None:
-        return jax.vmap(f)(*xs)
-    size = check_count("batch_size", batch_size, 1)
-    count = len(jax.tree.leaves(xs)[0])
-    whole = count - count % size
-    # A derivative, too, holds no more than one batch, since it computes them again.
-    batch = jax.checkpoint(jax.vmap(f))
-    if size >= count:
-        return batch(*xs)
-    # If an explicit mesh splits the examples, no batch could be taken.
-    xs = jax.tree.map(lambda x: gathered(x, range(1, x.ndim)), xs)
-    # The batch_size of lax.map would divide by 0 where outputs have no entries.
-    split = lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:])  # noqa: E731
-    join = lambda a: a.reshape(whole, *a.shape[2:])  # noqa: E731
-    out = jax.tree.map(join, lax.map(lambda x: batch(*x), jax.tree.map(split, xs)))
-    if whole < count:
-        rest = batch(*jax.tree.map(lambda a: a[whole:], xs))
-        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, rest)
-    return out
