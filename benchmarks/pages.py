@@ -84,8 +84,10 @@ measures them on yours.
 Results named after a device that was not there, an H100 or a TPU v5e, are plans and not
 times: `python -m benchmarks cost --target h100` (or `v5e`) has the device's compiler
 translate each program and counts what it would launch, read, write and hold. Nothing is
-run. Bytes of a TPU include copies between its two memories. `equivalent_norm` has the
-number of the paper's equation, and `vjp(...)` is the map together with its pullback.
+run. Bytes, also temporary ones, are a parameter's; those of a TPU include copies
+between its two memories. Seconds are the compiler's own, of processors; the last column
+has those to compile over Adam's. `equivalent_norm` has the number of the paper's
+equation, and `vjp(...)` is the map together with its pullback.
 """
 
 

@@ -242,10 +242,10 @@ def cost_markdown(result: dict) -> str:
 # Columns of plans, their fields, and how many digits after the point are shown.
 PLAN_COLUMNS = {
     "kernels a leaf": ("kernels_a_leaf", 2),
-    "bytes read and written a parameter": ("bytes", 1),
-    "temporary bytes a parameter": ("temporary_bytes", 1),
-    "seconds to trace": ("trace_seconds", 1),
-    "seconds to compile": ("compile_seconds", 1),
+    "bytes a parameter": ("bytes", 1),
+    "temporary bytes": ("temporary_bytes", 1),
+    "trace seconds": ("trace_seconds", 1),
+    "compile seconds": ("compile_seconds", 1),
     "over Adam's": ("relative_compile_time", 2),
 }
 
