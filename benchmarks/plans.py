@@ -32,6 +32,8 @@ def run(target: str, tick: Callable[[str], None] = lambda what: None) -> dict[st
     Raises:
       ValueError: The target's compiler is not there.
     """
+    targets.device(target)  # before JAX is asked for the machine's own devices
+    code = environment()  # before it can change, as compilers take minutes
     about, planned = {}, {}
     for tree, kinds in TARGETS[target].trees.items():
         params = trees.TREES[tree]()
@@ -47,7 +49,7 @@ def run(target: str, tick: Callable[[str], None] = lambda what: None) -> dict[st
         "format": FORMAT,
         "command": f"python -m benchmarks cost --target {target}",
         "target": target,
-        **environment(),
+        **code,
         "device": f"planned for one {TARGETS[target].device}",
         "compiler": {p: version(p) for p in ("jax", *TARGETS[target].packages)},
         "trees": about,

@@ -45,9 +45,9 @@ REACHED = [
     *rows("h100", "8x2048x2048", SGD, 1, 20),
     *rows("h100", "8x2048x2048", ["equivalent_norm(20)"], 7, 16),
     *rows("h100", "8x2048x2048", ["vjp(equivalent_norm(20))"], 10, 32),
-    *rows("v5e", "4x4096x4096", ["adam", "chain(adam, volumize)"], 1, 36),
+    *rows("v5e", "4x4096x4096", ["adam", "laprop", "chain(adam, volumize)"], 1, 36),
     *rows("v5e", "4x4096x4096", ["chain(adam, quantize_every)"], 1, 36),
-    *rows("v5e", "4x4096x4096", ["volumized(sgd, momentum)"], 1, 27),
+    *rows("v5e", "4x4096x4096", SGD, 1, 27),
 ]
 WANTED = [
     *rows("h100", "stage", WEISSI, 3.1, 33),

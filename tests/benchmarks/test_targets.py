@@ -104,6 +104,7 @@ def planned(tmp_path, monkeypatch, capsys):
     plan = targets.Plan(322, 28.0 * 25_557_032, 0, 1.25, 5.5)
     compiled = []
     monkeypatch.setattr(targets, "plan", lambda *given: compiled.append(given) or plan)
+    monkeypatch.setattr(targets, "device", lambda target: None)
     monkeypatch.setattr(plans, "version", lambda package: "1.0")
     assert cli.main(["cost", "--target", "h100", "--out", str(tmp_path)]) == 0
     assert plans.ticks("h100") + len(TARGETS["h100"].trees) == len(compiled)
