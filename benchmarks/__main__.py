@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -23,6 +24,7 @@ from rich.progress import (
 from benchmarks import record
 from benchmarks.data import DATASETS
 from benchmarks.experiments import EXPERIMENTS
+from benchmarks.targets import TARGETS
 
 SIDE, ROUNDS = 1024, 200  # of what costs are measured on, by default
 # Of a comparison; what is not given is a default, which may depend on the data set.
@@ -116,19 +118,8 @@ def _compare(settings, out: pathlib.Path, mark: dict, console: Console) -> int:
     """Runs a comparison with a progress bar, and shows what is finished of it."""
     from benchmarks.compare import run
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     partial, status = record.partial(out), 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("compiling", total=settings.ticks())
-
-        def tick(what: str) -> None:
-            bar.update(task, advance=1, description=what)
-
+    with _progress(settings.ticks(), console) as tick:
         try:
             run(settings, out, tick, mark, partial)
         except KeyboardInterrupt:
@@ -137,6 +128,20 @@ def _compare(settings, out: pathlib.Path, mark: dict, console: Console) -> int:
     if finished.is_file():
         show(finished, console)
     return status
+
+
+@contextlib.contextmanager
+def _progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
+    """A progress bar, and what advances it and tells what is going on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("compiling", total=total)
+        yield lambda what: bar.update(task, advance=1, description=what)
 
 
 def report(options: argparse.Namespace, console: Console) -> int:
@@ -151,21 +156,38 @@ def report(options: argparse.Namespace, console: Console) -> int:
 
 
 def cost(options: argparse.Namespace, console: Console) -> int:
-    """Measures what a step of an optimizer costs."""
-    from benchmarks.cost import run
-
+    """Measures what a step of an optimizer costs, or counts it for another device."""
+    if options.target and (options.side or options.rounds):
+        raise ValueError("--side and --rounds are of measuring, not of a --target.")
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=options.out) as probe:
         probe.write(bytes(2**16))  # a full disk is noticed before all is measured
-    with console.status("measuring"):
-        result = run(options.side, options.rounds)
-    words = ["cost", jax.default_backend()]
-    words += [f"side{options.side}"] * (options.side != SIDE)
-    words += [f"rounds{options.rounds}"] * (options.rounds != ROUNDS)
-    out = options.out / f"{'-'.join(words)}.json"
+    result, name = (_planned if options.target else _measured)(options, console)
+    out = options.out / f"{name}.json"
     record.save(result, out)
     show(out, console)
     return 0
+
+
+def _measured(options: argparse.Namespace, console: Console) -> tuple[dict, str]:
+    """Costs on this machine, and their name."""
+    from benchmarks.cost import run
+
+    side, rounds = options.side or SIDE, options.rounds or ROUNDS
+    with console.status("measuring"):
+        result = run(side, rounds)
+    words = ["cost", jax.default_backend()]
+    words += [f"side{side}"] * (side != SIDE)
+    words += [f"rounds{rounds}"] * (rounds != ROUNDS)
+    return result, "-".join(words)
+
+
+def _planned(options: argparse.Namespace, console: Console) -> tuple[dict, str]:
+    """What a compiler plans for a device that need not be there, and its name."""
+    from benchmarks import plans
+
+    with _progress(plans.ticks(options.target), console) as tick:
+        return plans.run(options.target, tick), f"cost-{options.target}"
 
 
 def pages(options: argparse.Namespace, console: Console) -> int:
@@ -294,9 +316,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("cost", help="measure what an optimizer's step costs")
     add.add_argument(
-        "--side", type=_count, default=SIDE, help="rows and columns of each kernel"
+        "--target",
+        choices=tuple(TARGETS),
+        help="a device that need not be there: programs are compiled for it, not run; "
+        "default: this machine, where they are timed",
     )
-    add.add_argument("--rounds", type=_count, default=ROUNDS, help="that are timed")
+    add.add_argument(
+        "--side", type=_count, help=f"rows and columns of each kernel ({SIDE})"
+    )
+    add.add_argument("--rounds", type=_count, help=f"that are timed ({ROUNDS})")
     _add_out(add)
     add.set_defaults(command=cost)
 

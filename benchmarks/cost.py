@@ -10,27 +10,17 @@ import numpy as np
 import optax
 
 import weightreg as wr
-from benchmarks import deploy, models
+from benchmarks import deploy, models, programs
 from benchmarks.environment import environment
+from benchmarks.programs import COMPLEXITY, ENERGY, STEPS
 from benchmarks.record import FORMAT
 from benchmarks.timing import relative_times
 from benchmarks.train import example_loss, initialize
 
 LEAVES = 16
-ENERGY, COMPLEXITY = 1e-9, 1e-5  # of WEISSI; times do not depend on them
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adam": lambda: optax.adam(1e-3),
-    "adamw": lambda: optax.adamw(1e-3, mask=wr.weight_mask),
-    "chain(adam, volumize)": lambda: optax.chain(
-        optax.adam(1e-3), wr.volumize(wr.he_volume(0.5), 0.99)
-    ),
-    "volumized(adam)": lambda: wr.volumized(
-        optax.adam(1e-3), wr.he_volume(0.5), alpha=0.99
-    ),
-    "chain(add_weissi, adam)": lambda: optax.chain(
-        wr.add_weissi(ENERGY, COMPLEXITY), optax.adam(1e-3)
-    ),
-}
+TIMED = ("adam", "adamw", "chain(adam, volumize)", "volumized(adam)")
+TIMED += ("chain(add_weissi, adam)",)
+OPTIMIZERS = {name: STEPS[name] for name in TIMED}
 TRAINED = ("mlp1024", "cnn16")
 
 
@@ -65,19 +55,9 @@ REGULARIZERS = {
 
 
 def compiled_step(tx: optax.GradientTransformation, params: Any, grads: Any):
-    """The optimizer's part of a step, compiled with parameters and state donated.
-
-    Both come first, and in this order they go out: XLA pairs donated inputs with
-    outputs in turn, and copies every array where the orders differ.
-    """
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = jax.eval_shape(tx.init, params)
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    return jitted.lower(params, state, grads).compile()
+    """The optimizer's part of a step, compiled."""
+    run, arguments, donated = programs.step(tx, params, grads)
+    return jax.jit(run, donate_argnums=donated).lower(*arguments).compile()
 
 
 def memory(compiled, parameters: int) -> dict[str, float]:

@@ -80,6 +80,14 @@ state to the compiled step, and let it take and return them in the same order
 
 Times depend on the machine, bytes on the compiler. `python -m benchmarks cost`
 measures them on yours.
+
+Results named after a device that was not there, an H100 or a TPU v5e, are plans and not
+times: `python -m benchmarks cost --target h100` (or `v5e`) has the device's compiler
+translate each program and counts what it would launch, read, write and hold. Nothing is
+run. Bytes, also temporary ones, are a parameter's; those of a TPU include copies
+between its two memories. Seconds are the compiler's own, of processors; the last column
+has those to compile over Adam's. `equivalent_norm` has the number of the paper's
+equation, and `vjp(...)` is the map together with its pullback.
 """
 
 
@@ -171,7 +179,7 @@ def _section(stem: str, result: dict) -> list[str]:
 
 def _costs(costs: dict[str, dict[str, Any]]) -> str:
     lines = [COSTS_HEAD]
-    for stem, result in costs.items():
+    for stem, result in sorted(costs.items()):
         file = f"[{stem}.json](results/{stem}.json)"
         lines += [f"## {stem}", "", cost_markdown(result), "", file, ""]
     return "\n".join(lines).rstrip() + "\n"

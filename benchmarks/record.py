@@ -76,6 +76,25 @@ COST = {
     "inference": TIMES,
     "forms": {EACH: {EACH: FORM}},
 }
+PLANS = {
+    "command": "text",
+    "target": "text",
+    "device": "text",
+    "compiler": {EACH: "text"},
+    "trees": {EACH: dict.fromkeys(("leaves", "parameters"), "a whole number")},
+    "plans": {
+        EACH: {
+            EACH: {
+                "kernels": "a whole number",
+                **dict.fromkeys(("kernels_a_leaf", "bytes"), "a number"),
+                **dict.fromkeys(("temporary_bytes", "trace_seconds"), "a number"),
+                **dict.fromkeys(
+                    ("compile_seconds", "relative_compile_time"), "a number"
+                ),
+            }
+        }
+    },
+}
 
 
 def save(result: dict, out: pathlib.Path) -> None:
@@ -150,9 +169,12 @@ def load(file: pathlib.Path) -> dict[str, Any]:
             f"{file} has format {version!r}, but this version reads {FORMAT} only: "
             f"read it with the version that wrote it."
         )
-    costs = is_cost(result)
-    _check(result, COST if costs else COMPARISON, "", file)
-    if not costs:
+    if is_plan(result):
+        _check(result, PLANS, "", file)
+    elif is_cost(result):
+        _check(result, COST, "", file)
+    else:
+        _check(result, COMPARISON, "", file)
         known = {name: kind for name, kind in MAY_HAVE.items() if name in result}
         _check(result, known, "", file)
     return result
@@ -160,7 +182,12 @@ def load(file: pathlib.Path) -> dict[str, Any]:
 
 def is_cost(result: dict) -> bool:
     """Whether a result is of what steps cost, rather than a comparison."""
-    return "optimizers" in result
+    return "optimizers" in result or is_plan(result)
+
+
+def is_plan(result: dict) -> bool:
+    """Whether a result is what a compiler plans, rather than what was measured."""
+    return "plans" in result
 
 
 def refuse_another(settings: dict, out: pathlib.Path, data: dict | None = None) -> None:

@@ -8,6 +8,7 @@ from rich.table import Table
 from benchmarks.deploy import BATCHES
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.plots import title
+from benchmarks.record import is_plan
 
 COLUMNS = {
     "best": "best",
@@ -234,6 +235,42 @@ def form_cells(form: dict, float32_bytes: int) -> list[str]:
 
 
 def cost_markdown(result: dict) -> str:
+    """The tables of `benchmarks.cost`, or of `benchmarks.plans`."""
+    return plan_markdown(result) if is_plan(result) else measured_markdown(result)
+
+
+# Columns of plans, their fields, and how many digits after the point are shown.
+PLAN_COLUMNS = {
+    "kernels a leaf": ("kernels_a_leaf", 2),
+    "bytes a parameter": ("bytes", 1),
+    "temporary bytes": ("temporary_bytes", 1),
+    "trace seconds": ("trace_seconds", 1),
+    "compile seconds": ("compile_seconds", 1),
+    "over Adam's": ("relative_compile_time", 2),
+}
+
+
+def plan_markdown(result: dict) -> str:
+    """A table for each tree that programs were compiled for."""
+    lines = []
+    for tree, planned in result["plans"].items():
+        about = result["trees"][tree]
+        leaves, millions = about["leaves"], about["parameters"] / 1e6
+        lines += [f"**{tree}**: {leaves} leaves, {millions:.1f} million parameters", ""]
+        cells = [
+            [
+                f"`{name}`",
+                *(f"{plan[key]:.{digits}f}" for key, digits in PLAN_COLUMNS.values()),
+            ]
+            for name, plan in planned.items()
+        ]
+        lines += [*_markdown_table(["program", *PLAN_COLUMNS], cells), ""]
+    compiler = ", ".join(f"{name} {v}" for name, v in result["compiler"].items())
+    lines += [f"`{result['command']}`, {origin(result)},", f"by {compiler}."]
+    return "\n".join(lines)
+
+
+def measured_markdown(result: dict) -> str:
     """The tables of `benchmarks.cost`."""
     columns = ["time of its step", "bytes read and written a parameter"]
     columns += ["temporary bytes a parameter"]

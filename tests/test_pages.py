@@ -31,7 +31,7 @@ import weightreg as wr
 from benchmarks.__main__ import _parser
 
 ROOT = pathlib.Path(__file__).parent.parent
-MARK = "<!-- ci: the tests -->"
+PLANS, TESTS = "<!-- ci: the plans -->", "<!-- ci: the tests -->"
 # What holds of a page's names when its code has run; `kernels` lists a tree's matrices.
 CHECKS = {
     "README.md": ["(model(x_test).argmax(-1) == y_test).mean() > 0.9"],
@@ -205,7 +205,8 @@ def test_commands_parse(page):
 def test_extras_are_there(page):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
     wanted = re.findall(r"pip install (?:-e )?'(?:\.|weightreg)\[(.+?)\]'", prose(page))
-    assert {*wanted} <= extras["optional-dependencies"].keys()
+    names = {name for extra in wanted for name in extra.split(",")}
+    assert names <= extras["optional-dependencies"].keys()
 
 
 @functools.cache
@@ -313,7 +314,10 @@ SETTINGS = {
     "energy": "energy",
     "complexity": "complexity",
 }
-COST = json.loads((ROOT / "benchmarks/results/cost-cpu.json").read_text("utf8"))
+RESULTS = ROOT / "benchmarks/results"
+COST = json.loads((RESULTS / "cost-cpu.json").read_text("utf8"))
+PLANNED = [json.loads(f.read_text("utf8")) for f in RESULTS.glob("cost-*.json")]
+PLANNED = [planned["plans"] for planned in PLANNED if "plans" in planned]
 
 
 def rows(page: str, which: str | None) -> list:
@@ -321,7 +325,7 @@ def rows(page: str, which: str | None) -> list:
 
     Tables are of three kinds: ``results``, of which the sentence before says from which
     file they come; ``settings``, of which every row does; ``costs``, of which rows are
-    named as in the file of costs.
+    named as in the file of costs, or as in those of plans.
     """
     found = []
     table = r"((?:[^|\n].*\n)*)\n?((?:^\|.*\|\n)+)"
@@ -335,7 +339,7 @@ def rows(page: str, which: str | None) -> list:
             kind = "results" if head[0] == "method" else "costs"
         elif all(re.search(r"\]\(\S+\.json\)", row[0]) for row in body):
             kind = "settings"
-        elif head[0] in ("optimizer", "training step", "inference"):
+        elif head[0] in ("optimizer", "training step", "inference", "program"):
             kind = "costs"
         if kind == which:
             found += [(before, head, row) for row in body]
@@ -384,9 +388,10 @@ def test_costs_are_those_of_the_file(page):
         name = row[0].replace("`", "")
         network = head[0].removesuffix(" as")
         for column, cell in zip(head[1:], row[1:], strict=True):
-            if "H100" not in column and cell:
+            if ("H100" not in column or head[0] == "program") and cell:
                 digits = len(cell.partition(".")[2])
-                known = {f"{value:,.{digits}f}" for value in _costs(name, network)}
+                values = _plans(name) if network == "program" else _costs(name, network)
+                known = {f"{value:,.{digits}f}" for value in values}
                 assert cell in known, (page, row, column)
 
 
@@ -399,51 +404,80 @@ def _costs(name: str, network: str) -> list[float]:
     return [value for value in found if not isinstance(value, str)]
 
 
+def _plans(name: str) -> list[float]:
+    """All that compilers have planned for a program."""
+    trees = [tree for planned in PLANNED for tree in planned.values()]
+    return [value for tree in trees for value in tree.get(name, {}).values()]
+
+
 def test_readme_is_two_screens():
     assert (ROOT / "README.md").stat().st_size <= 8192
 
 
-def ci(folder: pathlib.Path, readme: str) -> subprocess.CompletedProcess:
-    """Lets ``.ci/run`` say, from elsewhere, what it takes from a README."""
+def ci(folder: pathlib.Path, readme: str, options=("--print",)):
+    """Lets ``.ci/run`` say, from elsewhere, what it takes from a README, or do it."""
     script = folder / ".ci/run"
     script.parent.mkdir()
     script.write_bytes((ROOT / ".ci/run").read_bytes())
     (folder / "README.md").write_text(readme, "utf8")
-    command = ["bash", str(script), "--print"]
+    command = ["bash", str(script), *options]
     return subprocess.run(command, cwd="/", capture_output=True, text=True)
 
 
 def test_ci_runs_the_tests(tmp_path):
     ran = ci(tmp_path, prose("README.md"))
     assert ran.returncode == 0, ran.stderr
-    command = ran.stdout
-    assert command.splitlines()[-1] == ".venv/bin/python -m pytest -n auto"
-    assert command in [block.lstrip("\n") for block in blocks("README.md", "bash")]
+    assert ran.stdout.splitlines()[-1] == ".venv/bin/python -m pytest -n auto"
+    bash = [block.lstrip("\n") for block in blocks("README.md", "bash")]
+    tests, plans = (block for block in bash if "-m pytest" in block)
+    assert ran.stdout == plans + tests
 
 
 BLOCK = "```bash\npython -m pytest\n```\n"
+SHORT = f"{PLANS}\n{BLOCK.replace('pytest', 'pytest -m plans')}"
 
 
-def test_ci_takes_the_block_that_is_marked(tmp_path):
-    ran = ci(tmp_path, f"# A\n\n```bash\nfalse\n```\n\n{MARK}\n{BLOCK}\n{BLOCK}")
-    assert (ran.returncode, ran.stdout) == (0, "python -m pytest\n")
+def test_ci_takes_the_blocks_that_are_marked(tmp_path):
+    readme = f"# A\n\n```bash\nfalse\n```\n\n{TESTS}\n{BLOCK}\n{BLOCK}\n{SHORT}"
+    ran = ci(tmp_path, readme)
+    commands = "python -m pytest -m plans\npython -m pytest\n"
+    assert (ran.returncode, ran.stdout) == (0, commands)
 
 
 @pytest.mark.parametrize(
     ("readme", "error"),
     [
         (BLOCK, "is there 0 times"),
-        (f"{MARK}\n{BLOCK}{MARK}\n{BLOCK}", "is there 2 times"),
-        (f"{MARK} {MARK}\n{BLOCK}", "is there 2 times"),
-        (f"{MARK}\n\n{BLOCK}", "must begin a bash block"),
-        (f"{MARK}\n```python\npytest.main()\n```\n", "must begin a bash block"),
-        (f"{MARK}\n```bash\npython -m pytest\n", "must begin a bash block"),
-        (f"{BLOCK}{MARK}\n", "must begin a bash block"),
-        (f"{MARK}\n```bash\npip install pytest\n```\n", "does not run pytest"),
-        (f"{MARK}\n```bash\n# python -m pytest\n```\n", "does not run pytest"),
+        (f"{TESTS}\n{BLOCK}{TESTS}\n{BLOCK}", "is there 2 times"),
+        (f"{TESTS} {TESTS}\n{BLOCK}", "is there 2 times"),
+        (f"{TESTS}\n\n{BLOCK}", "must begin a bash block"),
+        (f"{TESTS}\n```python\npytest.main()\n```\n", "must begin a bash block"),
+        (f"{TESTS}\n```bash\npython -m pytest\n", "must begin a bash block"),
+        (f"{BLOCK}{TESTS}\n", "must begin a bash block"),
+        (f"{TESTS}\n```bash\npip install pytest\n```\n", "does not run pytest"),
+        (f"{TESTS}\n```bash\n# python -m pytest\n```\n", "does not run pytest"),
     ],
 )
 def test_ci_says_what_is_wrong(tmp_path, readme, error):
-    ran = ci(tmp_path, readme)
+    ran = ci(tmp_path, SHORT + readme)
     assert ran.returncode == 1 and ran.stdout == ""
-    assert ran.stderr.startswith("README.md: ") and error in ran.stderr
+    assert ran.stderr.startswith("README.md: the ") and error in ran.stderr
+    assert TESTS in ran.stderr
+
+
+def test_ci_misses_the_plans(tmp_path):
+    ran = ci(tmp_path, f"{TESTS}\n{BLOCK}")
+    assert ran.returncode == 1 and f"'{PLANS}' must be there once" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "printed"),
+    [("true", "false", "plans\ntests\n"), ("false", "true", "plans\n")],
+)
+def test_ci_fails_where_either_fails(first, then, printed, tmp_path):
+    fake = "```bash\necho {}\n{}\n: -m pytest\n```\n"
+    readme = (
+        f"{PLANS}\n{fake.format('plans', first)}{TESTS}\n{fake.format('tests', then)}"
+    )
+    ran = ci(tmp_path, readme, [])
+    assert (ran.returncode, ran.stdout) == (1, printed)

@@ -13,6 +13,10 @@ REGISTRIES = {
     "MODELS": "models.py",
     "METHODS": "methods.py",
     "EXPERIMENTS": "experiments.py",
+    "TARGETS": "targets.py",
+    "TREES": "trees.py",
+    "STEPS": "programs.py",
+    "MAPS": "programs.py",
 }
 CHANGES = {"update", "setdefault", "pop", "popitem", "clear", "__setitem__"}
 
