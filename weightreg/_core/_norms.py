@@ -123,8 +123,23 @@ def parse_norm(argument: str, norm: Any) -> Norm:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))  # Equal shapes share a trace.
 def norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
-    """The norm of every layer in a leaf, with ones for the layer's own axes."""
+    """The norm of every layer in a leaf, with ones for the layer's own axes.
+
+    Its derivative is the gradient that `measure` gives, also where an automatic one has
+    none, as that of a singular value which is there twice.
+    """
+    return _norm_of(x.astype(compute_dtype(x.dtype)), norm, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norm_of(x: jax.Array, norm: Norm, axes: Axes) -> Scaled:
     return measure(x, (norm,), axes)[0][0]
+
+
+@_norm_of.defjvp
+def _norm_of_jvp(norm, axes, primals, tangents):
+    ((size, gradient),) = measure(primals[0], (norm,), axes)
+    return size, _derivative(gradient, tangents[0], size, axes.inputs + axes.outputs)
 
 
 def measure(
@@ -193,8 +208,9 @@ def p_norms(x: jax.Array, ps: tuple[float, ...], axes: tuple[int, ...]) -> list[
 def _p_norms_jvp(ps, axes, primals, tangents):
     (x,), (x_dot,) = primals, tangents
     sizes = p_norms(x, ps, axes)
-    pairs = zip(sizes, ps, strict=True)
-    return sizes, [_p_norm_dot(x, x_dot, size, p, axes) for size, p in pairs]
+    slopes = [slope(x, size, p, axes) for size, p in zip(sizes, ps, strict=True)]
+    pairs = zip(slopes, sizes, strict=True)
+    return sizes, [_derivative(own, x_dot, size, axes) for own, size in pairs]
 
 
 def p_norm(
@@ -227,13 +243,15 @@ def _p_norm(x: jax.Array, scale: jax.Array, p: float, axes: tuple[int, ...]) -> 
 def _p_norm_jvp(p, axes, primals, tangents):
     (x, scale), (x_dot, _) = primals, tangents
     size = _p_norm(x, scale, p, axes)
-    return size, _p_norm_dot(x, x_dot, size, p, axes)
+    return size, _derivative(slope(x, size, p, axes), x_dot, size, axes)
 
 
-def _p_norm_dot(x, x_dot, size: Scaled, p: float, axes: tuple[int, ...]) -> Scaled:
-    """The derivative of a p-norm along ``x_dot``, as a fraction of its exponent."""
-    terms = slope(x, size, p, axes) * (x_dot * power_of_two(-size.exponent, x.dtype))
-    no_dot = np.zeros(size.exponent.shape, jax.dtypes.float0)
+def _derivative(
+    gradient: jax.Array, x_dot: jax.Array, size: Scaled, axes: tuple[int, ...]
+) -> Scaled:
+    """The derivative of a norm along ``x_dot``, with the exponent of the norm."""
+    terms = gradient * times_power(x_dot, -size.exponent)
+    no_dot: Any = np.zeros(size.exponent.shape, jax.dtypes.float0)
     return Scaled(jnp.sum(terms, axes, keepdims=True), no_dot)
 
 
@@ -321,7 +339,8 @@ def _largest_singular(x: jax.Array, axes: Axes) -> tuple[Scaled, jax.Array]:
     """The largest singular value of every layer's kernel matrix, and its gradient."""
     own, stack = axes.inputs + axes.outputs, axes.stack(x.ndim)
     if not x.size:
-        return Scaled(jnp.sum(x, own, keepdims=True)), x
+        zero = jnp.sum(x, own, keepdims=True)
+        return Scaled(zero, zero.astype(jnp.int32)), x
     scale = scale_of(x, own)
     x *= scale
     whole, spec = placed(x, range(x.ndim), stack), placed(x, range(x.ndim), None)

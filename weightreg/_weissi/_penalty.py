@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from weightreg._core._arguments import check_boolean, check_scalar, compute_dtype
 from weightreg._core._norms import (
@@ -127,33 +128,42 @@ class _Layers(NamedTuple):
         return (self.g / self.eta).value()
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def penalty_value(
-    form: Form, hyper: Hyper, axes: tuple[Axes, ...], arrays: list[jax.Array]
+    form: Form, axes: tuple[Axes, ...], hyper: Hyper, arrays: list[jax.Array]
 ) -> jax.Array:
-    """The penalty, whose derivatives by the weights are in closed form."""
+    """The penalty, with its derivatives by the weights in closed form."""
+    return _total(form, hyper, measure_all(form, axes, arrays))
+
+
+def _penalty_value_jvp(form, axes, primals, tangents):
+    hyper, arrays = primals
     sizes = measure_all(form, axes, arrays)
-    value = _total(form, hyper, lax.stop_gradient(sizes))
-    return _with_gradients(value, arrays, penalty_gradients(form, hyper, sizes))
-
-
-@jax.custom_jvp
-def _with_gradients(
-    value: jax.Array, arrays: list[jax.Array], gradients: list[jax.Array]
-) -> jax.Array:
-    """The value, of which these are the gradients by some arrays."""
-    del arrays, gradients
-    return value
-
-
-@_with_gradients.defjvp
-def _with_gradients_jvp(primals, tangents):
-    value, _, gradients = primals
-    value_dot, dots, _ = tangents
+    value = _total(form, hyper, sizes)
     terms = [
         jnp.sum(gradient * dot.astype(gradient.dtype)).astype(value.dtype)
-        for gradient, dot in zip(gradients, dots, strict=True)
+        for gradient, dot in zip(
+            penalty_gradients(form, hyper, sizes), tangents[1], strict=True
+        )
+        if not isinstance(dot, SymbolicZero)
     ]
-    return _with_gradients(*primals), sum(terms, value_dot)
+    if not all(isinstance(dot, SymbolicZero) for dot in jax.tree.leaves(tangents[0])):
+        dots = jax.tree.map(_instantiate, hyper, tangents[0])
+        total = lambda hyper: _total(form, hyper, sizes)  # noqa: E731
+        terms.append(jax.jvp(total, (hyper,), (dots,))[1])
+    return value, sum(terms, jnp.zeros_like(value))
+
+
+penalty_value.defjvp(_penalty_value_jvp, symbolic_zeros=True)
+
+
+def _instantiate(primal: jax.Array, dot: Any) -> Any:
+    """A tangent as an array, also where it is a symbolic zero."""
+    if not isinstance(dot, SymbolicZero):
+        return dot
+    if jnp.issubdtype(primal.dtype, jnp.integer):
+        return np.zeros(primal.shape, jax.dtypes.float0)
+    return jnp.zeros_like(primal)
 
 
 @functools.partial(jax.jit, static_argnums=0)

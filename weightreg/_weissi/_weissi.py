@@ -463,7 +463,7 @@ def _penalty(form, energy, complexity, params, exponents, mask, dims) -> jax.Arr
     axes, powers = _weights(params, exponents, mask, dims)
     arrays = [w for _, w in each(params, axes)]
     hyper = Hyper.of(energy, complexity, powers)
-    return penalty_value(form, hyper, tuple(axes.values()), arrays)
+    return penalty_value(form, tuple(axes.values()), hyper, arrays)
 
 
 def _weights(
