@@ -68,7 +68,7 @@ def all_norms(w):
 
 @settings(deadline=None, max_examples=100)
 @given(
-    power=st.integers(-125, 127),
+    power=st.integers(-125, 122),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     seed=st.integers(0, 2**32 - 1),
 )

@@ -181,27 +181,25 @@ def measure(
 def p_norms(x: jax.Array, ps: tuple[float, ...], axes: tuple[int, ...]) -> list[Scaled]:
     """The p-norms over some axes, which are kept, for some p of 1 and 2, in one read.
 
-    Sums are taken of the numbers as they are and times two powers of two. One of the
-    three neither overflows nor loses digits.
+    Squares are summed at three scales, of which one neither overflows nor loses digits.
+    Sizes need no scale. XLA makes one kernel of these sums on a GPU.
     """
     maxexp = jnp.finfo(x.dtype).maxexp
     far = 25 * maxexp // 32  # This is 100 for float32.
-    powers = [x * 2.0**shift for shift in (0, far, -far)]
-    terms = [jnp.abs(y) if p == 1 else y * y for p in ps for y in powers]
-    add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]  # noqa: E731
-    zeros = [jnp.zeros([], x.dtype)] * len(terms)
-    # One reduction of several numbers is one kernel on every platform.
-    sums = lax.reduce(terms, zeros, add, axes) if terms else []
+    total = functools.partial(jnp.sum, axis=axes, keepdims=True)
 
-    def root(p: float, plain: jax.Array, up: jax.Array, down: jax.Array) -> Scaled:
-        small = plain < 2.0 ** (-9 * maxexp // 16)  # Squares below 1e-38 may be lost.
+    def norm(p: float) -> Scaled:
+        if p == 1:
+            size = total(jnp.abs(x))
+            return Scaled(size, jnp.zeros_like(size, jnp.int32))
+        plain, up, down = (total((x * 2.0**s) ** 2) for s in (0, far, -far))
+        small = plain < 2.0 ** (-9 * maxexp // 16)  # Terms below 1e-38 may be lost.
         large = plain > 2.0 ** (maxexp - 2)
-        total = jnp.where(small, up, jnp.where(large, down, plain))
-        exponent = jnp.where(small, -far, jnp.where(large, far, 0)).astype(jnp.int32)
-        size = total if p == 1 else jnp.sqrt(total)
-        return Scaled(jnp.expand_dims(size, axes), jnp.expand_dims(exponent, axes))
+        squares = jnp.where(small, up, jnp.where(large, down, plain))
+        exponent = jnp.where(small, -far, jnp.where(large, far, 0))
+        return Scaled(jnp.sqrt(squares), exponent.astype(jnp.int32))
 
-    return [root(p, *sums[3 * i : 3 * i + 3]) for i, p in enumerate(ps)]
+    return [norm(p) for p in ps]
 
 
 @p_norms.defjvp
@@ -380,7 +378,9 @@ def concatenate(numbers: list[Scaled]) -> Scaled:
 
     fractions = [vector(x.fraction.astype(dtype)) for x in numbers]
     exponents = [vector(x.exponent) for x in numbers]
-    return Scaled(jnp.concatenate(fractions), jnp.concatenate(exponents)).normal()
+    joined = Scaled(jnp.concatenate(fractions), jnp.concatenate(exponents))
+    # Without the barrier XLA joins them anew wherever one of them is needed.
+    return lax.optimization_barrier(joined).normal()
 
 
 def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from weightreg._core._arguments import check_count, check_shape, compute_dtype, is_real
+from weightreg._core._norms import p_norms, slope
 
 Loss = Callable[[jax.Array, Any], jax.Array]
 Bounds = tuple[ArrayLike, ArrayLike] | None
@@ -298,13 +299,8 @@ def _l2_sample(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.
 def _polar(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Directions and norms ``(batch, 1, ...)``; the direction of a zero is zero."""
     axes = tuple(range(1, vectors.ndim))
-    largest = jnp.max(jnp.abs(vectors), axis=axes, keepdims=True, initial=0)
-    # Vectors are scaled to one, for squares neither overflow nor underflow then, and by
-    # a power of two, for XLA multiplies with the inverse, which is zero above 2^126.
-    _, exponent = jnp.frexp(largest)
-    scaled = jnp.ldexp(vectors, -exponent)
-    norm = jnp.sqrt(jnp.sum(scaled**2, axis=axes, keepdims=True))
-    return scaled / jnp.where(norm > 0, norm, 1), jnp.ldexp(norm, exponent)
+    (norm,) = p_norms(vectors, (2.0,), axes)
+    return slope(vectors, norm, 2, axes), norm.value()
 
 
 _GEOMETRIES = {

@@ -214,6 +214,7 @@ def penalty_gradients(form: Form, hyper: Hyper, sizes: list[Sizes]) -> list[jax.
     exponent = common_exponent(by_eta, by_g)
     powers = two_factors(exponent, layers.n.dtype)
     factors = jnp.stack([by_eta.at(exponent), by_g.at(exponent), *powers])
+    factors = lax.optimization_barrier(factors)
     ends = np.cumsum([leaf[0][0].fraction.size for leaf in sizes])[:-1].tolist()
     rows = jnp.split(factors, ends, axis=1)
     return [_gradient(row, leaf) for row, leaf in zip(rows, sizes, strict=True)]
@@ -247,10 +248,10 @@ def iterate(
     iterations: int,
 ) -> tuple[Sizes, jax.Array]:
     """The norms of one weight, spectral ones by power iterations, and a new vector."""
-    *sigma, vector = power_iteration(array, vector, axes, iterations)
+    sigma, direction, vector = power_iteration(array, vector, axes, iterations)
     others = iter(measure(array, tuple(n for n in norms if n != "spectral"), axes))
-    sizes = [tuple(sigma) if n == "spectral" else next(others) for n in norms]
-    return sizes, vector
+    spectral = sigma, direction
+    return [spectral if n == "spectral" else next(others) for n in norms], vector
 
 
 def _is_wanted(name: str, strength: Any) -> bool:
