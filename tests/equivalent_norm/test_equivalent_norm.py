@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import pickle
 
 import chex
 import jax
@@ -353,3 +354,41 @@ def test_weights_that_centring_would_erase_are_refused():
         wr.equivalent_norm("layer")({"k": jnp.ones((1, 1))})
     got = wr.equivalent_norm(center=False)({"k": jnp.array([[2.0, -3.0]])})
     np.testing.assert_allclose(got["k"], [[math.sqrt(0.5), -math.sqrt(0.5)]], rtol=1e-6)
+
+
+def test_maps_of_equal_arguments_are_equal():
+    """So that a module which is made anew with one is not traced anew."""
+    one, other = (wr.equivalent_norm(alpha=2.0) for _ in range(2))
+    assert one == other and hash(one) == hash(other)
+    assert pickle.loads(pickle.dumps(one)) == other
+    for form in ({}, {"scope": "layer"}, {"center": False}, {"mask": False}):
+        assert one != wr.equivalent_norm(**form)
+    array = jnp.ones(())
+    assert wr.equivalent_norm(alpha=array) == wr.equivalent_norm(alpha=array)
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(enc, params):
+        traces.append(1)
+        return enc(params)
+
+    for enc in (one, other):
+        run(enc, jnp.eye(3))
+    assert len(traces) == 1
+
+
+def test_weights_of_eight_bits_are_refused_by_name():
+    params = {"k": jnp.ones((2, 2), jnp.float8_e4m3fn)}
+    for method in (wr.equivalent_norm(), wr.shifted_l2(0.1, 0.1), wr.gbr_bounds):
+        with pytest.raises(TypeError, match=r"cannot handle \['k'\] of dtype float8"):
+            method(params)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1000.0])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_means_a_thousand_times_the_spread(scale, ratio):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(scale * (ratio + rng.normal(size=(1024, 6))), jnp.float32)
+    got = np.asarray(jax.jit(wr.equivalent_norm())(w), np.float64)
+    want = formula(np.asarray(w, np.float64), "unit", True, 1.0)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())

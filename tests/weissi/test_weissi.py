@@ -683,3 +683,63 @@ def test_init_needs_shapes_alone():
     chex.assert_trees_all_equal(
         tx.init(jax.eval_shape(lambda: params)), tx.init(params)
     )
+
+
+@pytest.mark.parametrize("form", [{}, {"log": True}, {"norm": "spectral"}], ids=show)
+def test_stacks_that_a_mesh_splits_beside_other_weights(form):
+    """Norms of a split stack are joined with those of weights that are split apart."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    rng = np.random.default_rng(0)
+    shapes = {"stack": (4, 6, 8), "dense": (8, 6)}
+    params = {
+        k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()
+    }
+    specs = {"stack": PartitionSpec("x", None, "y"), "dense": PartitionSpec("x", "y")}
+    form = form | {"dims": {"stack": Dims(1, 2), "dense": Dims(0, 1)}}
+    tx = wr.add_weissi(0.5, 0.25, iterations=None, **form)
+
+    @quick.jit
+    def run(params):
+        updates, _ = tx.update(params, tx.init(params), params)
+        return *jax.value_and_grad(wr.weissi(0.5, 0.25, **form))(params), updates
+
+    expected = run(params)
+    with jax.set_mesh(mesh):
+        placed = {
+            k: jax.device_put(w, NamedSharding(mesh, specs[k]))
+            for k, w in params.items()
+        }
+        got = run(placed)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+    for name, leaf in placed.items():
+        assert got[2][name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("count", [20, 1000])
+def test_digits_of_large_and_of_many_layers(count):
+    """What is promised: 1e-6 at 20 layers, 1e-4 at a thousand, in float32."""
+    side = 512 if count == 20 else 8
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(count, side, side)) / side
+    params = jnp.asarray(w * np.exp(rng.normal(size=(count, 1, 1))), jnp.float32)
+    exact = np.asarray(params, np.float64)
+    sizes = np.sqrt(np.sum(exact**2, (1, 2)))
+    energy = np.exp(-2 * np.log(sizes).sum())
+    penalty = wr.weissi(energy, 0.0, dims=Dims(1, 2))
+    value, grads = jax.jit(jax.value_and_grad(penalty))(params)
+    tolerance = 1e-6 if count == 20 else 1e-4
+    np.testing.assert_allclose(value, 1.0, rtol=tolerance)
+    slope = 2 * exact / sizes[:, None, None] ** 2
+    np.testing.assert_allclose(grads, slope, rtol=tolerance)
+    ratios = np.abs(exact).sum((1, 2)) / sizes
+    complexity = wr.layer_complexity(params, dims=Dims(1, 2))
+    np.testing.assert_allclose(complexity, ratios.sum(), rtol=1e-6)
+
+
+def test_weights_of_eight_bits_are_refused_by_name():
+    params = {"k": jnp.ones((2, 2), jnp.float8_e4m3fn)}
+    for method in (wr.weissi(1.0, 1.0), wr.weight_energy, wr.log_weight_energy):
+        with pytest.raises(TypeError, match=r"cannot handle \['k'\] of dtype float8"):
+            method(params)
+    with pytest.raises(TypeError, match=r"cannot handle \['k'\] of dtype float8"):
+        wr.add_weissi(1.0, 1.0).init(params)
