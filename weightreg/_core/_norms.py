@@ -197,6 +197,8 @@ def p_norms(x: jax.Array, ps: tuple[float, ...], axes: tuple[int, ...]) -> list[
         large = plain > 2.0 ** (maxexp - 2)
         squares = jnp.where(small, up, jnp.where(large, down, plain))
         exponent = jnp.where(small, -far, jnp.where(large, far, 0))
+        # A direction of zeros stays 0 in products of whatever order XLA takes.
+        exponent = jnp.where(squares == 0, 0, exponent)
         return Scaled(jnp.sqrt(squares), exponent.astype(jnp.int32))
 
     return [norm(p) for p in ps]
