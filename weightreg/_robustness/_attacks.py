@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from weightreg._core._arguments import check_count, check_shape, compute_dtype, is_real
-from weightreg._core._norms import p_norms, slope
+from weightreg._core._norms import p_norm, slope
 
 Loss = Callable[[jax.Array, Any], jax.Array]
 Bounds = tuple[ArrayLike, ArrayLike] | None
@@ -299,7 +299,7 @@ def _l2_sample(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.
 def _polar(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Directions and norms ``(batch, 1, ...)``; the direction of a zero is zero."""
     axes = tuple(range(1, vectors.ndim))
-    (norm,) = p_norms(vectors, (2.0,), axes)
+    norm = p_norm(vectors, 2, axes)
     return slope(vectors, norm, 2, axes), norm.value()
 
 
