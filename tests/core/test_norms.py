@@ -178,3 +178,28 @@ def test_names_of_norms():
     for wrong in ("l2", (1,), (0.5, 2), (1, math.nan), 2, None, ("a", 1)):
         with pytest.raises(ValueError, match="norm must be one of 'frobenius'"):
             parse_norm("norm", wrong)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-36, 1e-30, 3.0, 1e30, 1e36])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 2)])
+def test_one_number_and_constants_have_norms(value, shape):
+    """XLA multiplies the constants of a product of scalars, whose square is infinite.
+
+    It takes constants, and what it finds out to be one, for scalars too.
+    """
+    axes = Axes((0,), (1,))
+
+    def both(w):
+        sizes = measure(w, ((2.0, 2.0), (1.0, 1.0)), axes)
+        return [(size.value(), gradient) for size, gradient in sizes]
+
+    w = jnp.full(shape, value, jnp.float32)
+    known = lambda x: both(jnp.nan_to_num(jnp.full_like(x, value)))  # noqa: E731
+    count = math.prod(shape)
+    for found in (jax.jit(both)(w), jax.jit(known)(w)):
+        (size, slope), (l1, sign) = found
+        np.testing.assert_allclose(size, value * math.sqrt(count), rtol=1e-6)
+        np.testing.assert_allclose(l1, value * count, rtol=1e-6)
+        alive = float(value > 0)
+        np.testing.assert_allclose(slope, alive / math.sqrt(count), rtol=1e-6)
+        np.testing.assert_array_equal(sign, alive)

@@ -188,17 +188,22 @@ def p_norms(x: jax.Array, ps: tuple[float, ...], axes: tuple[int, ...]) -> list[
     far = 25 * maxexp // 32  # This is 100 for float32.
     total = functools.partial(jnp.sum, axis=axes, keepdims=True)
 
+    def square(shift: int) -> jax.Array:
+        if not shift:
+            return x * x
+        # No sum over the limit is taken. It keeps XLA from squaring the factor alone,
+        # which is out of range, as it would where there is one number.
+        return jnp.minimum(jnp.abs(x) * 2.0**shift, 2.0 ** (maxexp // 2)) ** 2
+
     def norm(p: float) -> Scaled:
         if p == 1:
             size = total(jnp.abs(x))
             return Scaled(size, jnp.zeros_like(size, jnp.int32))
-        plain, up, down = (total((x * 2.0**s) ** 2) for s in (0, far, -far))
+        plain, up, down = (total(square(s)) for s in (0, far, -far))
         small = plain < 2.0 ** (-9 * maxexp // 16)  # Terms below 1e-38 may be lost.
         large = plain > 2.0 ** (maxexp - 2)
         squares = jnp.where(small, up, jnp.where(large, down, plain))
         exponent = jnp.where(small, -far, jnp.where(large, far, 0))
-        # A direction of zeros stays 0 in products of whatever order XLA takes.
-        exponent = jnp.where(squares == 0, 0, exponent)
         return Scaled(jnp.sqrt(squares), exponent.astype(jnp.int32))
 
     return [norm(p) for p in ps]
