@@ -69,29 +69,32 @@ def measure(group: tuple[int, ...], center: bool, w: jax.Array) -> Statistics:
     The mean is :math:`f + \overline{w - f}` with the first weight ``f``, so that of
     weights that are all equal exactly 0 remains.
     """
-    halves = _Halves.of(w, group)
-    scale = halves.join(jnp.minimum, scale_of(halves.w, halves.group))
+    parts = _Parts.of(w, group)
+    largest = jnp.max(jnp.abs(parts.w), parts.group, keepdims=True)
+    scale = parts.join(scale_of, largest)
     mean = jnp.zeros_like(scale), jnp.zeros_like(scale)
     if center:
         first = first_of(w, group)
-        moved = halves.w - halves.expand(first)
-        total = halves.join(jnp.add, jnp.sum(moved, halves.group, keepdims=True))
+        moved = parts.w - parts.expand(first)
+        total = parts.join(_sum, _sum(moved, parts.group))
         rest = total / math.prod(w.shape[a] for a in group)
         # Without the barrier these are computed anew where the weights are used, for
         # which an optimizer that writes them in place would have to keep a copy.
         mean = lax.optimization_barrier((first + rest, (first - (first + rest)) + rest))
-    moved = halves.w - halves.expand(mean[0])
-    size = p_norm(moved, 2, halves.group, halves.expand(scale))
-    size = Scaled(halves.join(_hypot, size.fraction), 1 - exponent_of(scale))
+    moved = parts.w - parts.expand(mean[0])
+    sizes = p_norm(moved, 2, parts.group, parts.expand(scale))
+    size = Scaled(parts.join(_root_sum, sizes.fraction), 1 - exponent_of(scale))
     inverse = jnp.where(size.fraction == 0, 0, scale / or_one(size.fraction))
     return Statistics(mean, size, inverse)
 
 
-class _Halves(NamedTuple):
-    """Weights of which an even axis of the groups is cut in two, if there is one.
+class _Parts(NamedTuple):
+    """Weights of which an axis of the groups is cut in four, if there is one to cut.
 
     XLA's model of a GPU would rather store numbers than calculate them inside of a sum
-    with few results, of which two halves have twice as many.
+    with few results, of which four parts have four times as many. (Where a mesh splits
+    that axis over a number of devices that four does not divide, nor it four, XLA
+    gathers weights for this.)
     """
 
     w: jax.Array
@@ -99,30 +102,33 @@ class _Halves(NamedTuple):
     axis: int | None
 
     @classmethod
-    def of(cls, w: jax.Array, group: tuple[int, ...]) -> "_Halves":
+    def of(cls, w: jax.Array, group: tuple[int, ...]) -> "_Parts":
         """The weights, cut along the last axis that can be."""
-        even = [a for a in group if w.shape[a] % 2 == 0 and not is_split(w, a)]
-        if not even:
+        whole = [a for a in group if w.shape[a] % 4 == 0 and not is_split(w, a)]
+        if not whole:
             return cls(w, group, None)
-        axis = even[-1]
-        shape = (*w.shape[:axis], 2, w.shape[axis] // 2, *w.shape[axis + 1 :])
+        axis = whole[-1]
+        shape = (*w.shape[:axis], 4, w.shape[axis] // 4, *w.shape[axis + 1 :])
         return cls(w.reshape(shape), tuple(a + (a >= axis) for a in group), axis)
 
     def expand(self, x: jax.Array) -> jax.Array:
-        """What is the same for both halves, to broadcast against them."""
+        """What is the same for all parts, to broadcast against them."""
         return x if self.axis is None else jnp.expand_dims(x, self.axis)
 
-    def join(self, combine: Callable, x: jax.Array) -> jax.Array:
-        """What is known of each half, combined."""
-        if self.axis is None:
-            return x
-        take = functools.partial(lax.index_in_dim, x, axis=self.axis, keepdims=False)
-        return combine(take(0), take(1))
+    def join(self, reduce: Callable, x: jax.Array) -> jax.Array:
+        """What is known of each part, reduced to what is known of all."""
+        # Without the barrier XLA would reduce all at once, as if nothing were cut.
+        axes = () if self.axis is None else (self.axis,)
+        return jnp.squeeze(reduce(lax.optimization_barrier(x), axes), axes)
 
 
-def _hypot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The norm of two numbers of size one, with a derivative of 0 at 0."""
-    square = x * x + y * y
+def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(x, axes, keepdims=True)
+
+
+def _root_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The norm of numbers of size one, with a derivative of 0 at 0."""
+    square = _sum(x * x, axes)
     return jnp.where(square == 0, 0, jnp.sqrt(or_one(square)))
 
 
