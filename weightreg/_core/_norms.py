@@ -184,22 +184,21 @@ def p_norms(x: jax.Array, ps: tuple[float, ...], axes: tuple[int, ...]) -> list[
     Squares are summed at three scales, of which one neither overflows nor loses digits.
     Sizes need no scale. XLA makes one kernel of these sums on a GPU.
     """
+    if math.prod(x.shape[a] for a in axes) == 1:
+        # Any norm of one number is its size. Of its square XLA would multiply the
+        # constants by themselves, which is out of range.
+        return [p_norm(x, 1, axes) for _ in ps]
     maxexp = jnp.finfo(x.dtype).maxexp
-    far = 25 * maxexp // 32  # This is 100 for float32.
+    far = 25 * maxexp // 32 - 1  # This is 99 for float32.
     total = functools.partial(jnp.sum, axis=axes, keepdims=True)
-
-    def square(shift: int) -> jax.Array:
-        if not shift:
-            return x * x
-        # No sum over the limit is taken. It keeps XLA from squaring the factor alone,
-        # which is out of range, as it would where there is one number.
-        return jnp.minimum(jnp.abs(x) * 2.0**shift, 2.0 ** (maxexp // 2)) ** 2
 
     def norm(p: float) -> Scaled:
         if p == 1:
             size = total(jnp.abs(x))
             return Scaled(size, jnp.zeros_like(size, jnp.int32))
-        plain, up, down = (total(square(s)) for s in (0, far, -far))
+        plain, down = total(x * x), total((x * 2.0**-far) ** 2)
+        # In this order nothing is out of range for numbers that need it, nor for 0.
+        up = total(x * 2.0 ** (maxexp - 1) * x * 2.0 ** (2 * far - maxexp + 1))
         small = plain < 2.0 ** (-9 * maxexp // 16)  # Terms below 1e-38 may be lost.
         large = plain > 2.0 ** (maxexp - 2)
         squares = jnp.where(small, up, jnp.where(large, down, plain))
