@@ -105,7 +105,7 @@ class _Parts(NamedTuple):
     def of(cls, w: jax.Array, group: tuple[int, ...]) -> "_Parts":
         """The weights, cut along the last axis that can be."""
         whole = [a for a in group if w.shape[a] % 4 == 0 and not is_split(w, a)]
-        if not whole:
+        if not whole or len(group) == w.ndim:  # XLA cuts a sum of everything itself.
             return cls(w, group, None)
         axis = whole[-1]
         shape = (*w.shape[:axis], 4, w.shape[axis] // 4, *w.shape[axis + 1 :])
