@@ -3,9 +3,12 @@
 Times do depend on it, so nothing here is timed.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import cost, timing
@@ -27,7 +30,7 @@ def step_memory(name):
         ("adam", 40, 0),
         ("chain(adam, volumize)", 40, 0),
         ("volumized(adam)", 64, 4),
-        ("chain(add_weissi, adam)", 74, 2),  # a CPU reads once for each sum
+        ("chain(add_weissi, adam)", 78, 3),  # a CPU reads once for each sum
     ],
 )
 def test_memory_of_a_step(name, moved, held):
@@ -68,6 +71,9 @@ def test_training_steps_are_timed_with_what_they_say(monkeypatch):
         return {name: step(carries[name])[0] for name, step in steps.items()}
 
     monkeypatch.setattr(cost, "relative_times", end)
+    # With the benchmark's own rate the first step would differ by roundings alone.
+    sgd = functools.partial(optax.sgd, 100.0)
+    monkeypatch.setattr(cost.optax, "sgd", lambda rate, momentum: sgd(momentum))
     params = cost.training_times("mlp", 8, rounds=1)
     kernel = lambda name: params[name]["Dense_0"]["kernel"]  # noqa: E731
     np.testing.assert_allclose(
@@ -75,9 +81,9 @@ def test_training_steps_are_timed_with_what_they_say(monkeypatch):
     )
     plain = np.asarray(kernel("none"))
     for name in ("add_decayed_weights", "add_weissi", "equivalent_norm"):
-        assert np.abs(kernel(name) - plain).max() > 0
+        assert np.abs(kernel(name) - plain).max() > 2e-5
     with_penalty = kernel("equivalent_norm and add_shifted_l2")
-    assert np.abs(with_penalty - kernel("equivalent_norm")).max() > 0
+    assert np.abs(with_penalty - kernel("equivalent_norm")).max() > 2e-5
 
 
 def test_folded_networks_run_the_program_of_plain_ones(monkeypatch):

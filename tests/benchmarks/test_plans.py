@@ -41,7 +41,7 @@ def rows(target, tree, programs, kernels, moved):
 ROWS = [
     *rows("h100", "stage", STEPS, 1, 28),
     *rows("h100", "stage", SGD, 1, 20),
-    *rows("h100", "stage", WEISSI, 3.1, 33),
+    *rows("h100", "stage", WEISSI, 3.2, 33),
     *rows("h100", "stage", SHIFTED, 3, 40),
     *rows("h100", "8x2048x2048", STEPS, 1, 28),
     *rows("h100", "8x2048x2048", SGD, 1, 20),
