@@ -316,6 +316,7 @@ SETTINGS = {
 }
 RESULTS = ROOT / "benchmarks/results"
 COST = json.loads((RESULTS / "cost-cpu.json").read_text("utf8"))
+GENERATED = ("benchmarks/COSTS.md", "benchmarks/RESULTS.md")
 PLANNED = [json.loads(f.read_text("utf8")) for f in RESULTS.glob("cost-*.json")]
 PLANNED = [planned["plans"] for planned in PLANNED if "plans" in planned]
 
@@ -352,7 +353,8 @@ def _result(page: str, text: str) -> dict:
 
 
 def _of_kind(kind: str):
-    pages = [page for page in MARKDOWN if rows(page, kind)]
+    # Pages that are written from all results are compared with what is written.
+    pages = [page for page in MARKDOWN if rows(page, kind) and page not in GENERATED]
     return pytest.mark.parametrize("page", pages)
 
 
