@@ -382,10 +382,12 @@ def concatenate(numbers: list[Scaled]) -> Scaled:
     def vector(x: jax.Array) -> jax.Array:
         return gathered(x, ()).reshape(-1)
 
+    # Without this barrier XLA compiles what makes the numbers into one large kernel with
+    # what joins them, and without the other joins them wherever one of them is needed.
+    numbers = lax.optimization_barrier(numbers)
     fractions = [vector(x.fraction.astype(dtype)) for x in numbers]
     exponents = [vector(x.exponent) for x in numbers]
     joined = Scaled(jnp.concatenate(fractions), jnp.concatenate(exponents))
-    # Without the barrier XLA joins them anew wherever one of them is needed.
     return lax.optimization_barrier(joined).normal()
 
 
