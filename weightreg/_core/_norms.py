@@ -382,8 +382,8 @@ def concatenate(numbers: list[Scaled]) -> Scaled:
     def vector(x: jax.Array) -> jax.Array:
         return gathered(x, ()).reshape(-1)
 
-    # Without this barrier XLA compiles what makes the numbers into one large kernel with
-    # what joins them, and without the other joins them wherever one of them is needed.
+    # Without this barrier XLA compiles all that makes the numbers into one large kernel
+    # with what joins them; without the other it joins them wherever one is needed.
     numbers = lax.optimization_barrier(numbers)
     fractions = [vector(x.fraction.astype(dtype)) for x in numbers]
     exponents = [vector(x.exponent) for x in numbers]
