@@ -4,7 +4,6 @@ Every method of this library asks here, and none looks at a leaf's name or rank 
 itself.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ from weightreg._core._arguments import (
     refuse_step_count,
     show_path,
 )
+from weightreg._core._network import WeightLayer
 from weightreg._core._packed_weight import PackedWeight
 
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
@@ -36,35 +36,6 @@ SUPPORTED = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 # last one. Their rank does not tell, since biases of attention are (heads, head_dim)
 # and those of scanned layers have a leading axis of layers.
 _NOT_WEIGHTS = frozenset({"bias", "scale", "convex_logits"})
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightLayer:
-    """One weight of a network: a leaf of the parameters, and the roles of its axes.
-
-    Attributes:
-      path: Key path of the leaf, as ``jax.tree_util.keystr`` prints it.
-      index: Position of the leaf in ``jax.tree.leaves(params)``.
-      shape: Shape of the leaf.
-      input_axes: Axes over which a unit sums its inputs, window axes included.
-      output_axes: Axes that number the units.
-      stack_axes: Axes along which several layers are stacked (``nn.scan``).
-      convolves: Whether it is the kernel of a convolution.
-      window: Number of window positions of a convolution, 1 for anything else.
-      fan_in: Inputs of one unit: the product of the input axes.
-      fan_out: Units times window, as ``jax.nn.initializers`` counts it.
-    """
-
-    path: str
-    index: int
-    shape: tuple[int, ...]
-    input_axes: tuple[int, ...]
-    output_axes: tuple[int, ...]
-    stack_axes: tuple[int, ...]
-    convolves: bool
-    window: int
-    fan_in: int
-    fan_out: int
 
 
 def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:

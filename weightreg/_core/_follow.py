@@ -1,0 +1,329 @@
+"""What a network does with its parameters, read from its jaxpr.
+
+`Follower` goes through the equations in order and keeps for each value which parameters
+lie in it (`View`) and which node of the `Graph` it was computed from. Loops are gone
+through once, and branches one after another.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from weightreg._core import _meet, _rearrange
+from weightreg._core._graph import Link, Loop
+from weightreg._core._rearrange import shape_of
+from weightreg._core._values import Notes, Use, Value, constant
+from weightreg._core._views import View
+
+_RULES = {**_rearrange.RULES, **_meet.RULES}
+# Primitives that call a jaxpr on their operands.
+_CALLS = frozenset(
+    "jit pjit closed_call core_call custom_jvp_call custom_vjp_call "
+    "custom_vjp_call_jaxpr custom_vmap_call remat remat2 checkpoint".split()
+)
+# What is computed from a value: from nothing, from parameters, or from data.
+_NOTHING, _PARAMETERS, _DATA = range(3)
+
+
+class Follower:
+    """Follows parameters and data through a jaxpr, and notes down what it sees."""
+
+    def __init__(self) -> None:
+        self.notes = Notes()
+
+    def run(self, closed: ClosedJaxpr, arguments: Sequence[Value]) -> list[Value]:
+        """The values that a jaxpr returns."""
+        jaxpr: Jaxpr = closed.jaxpr
+        read = lambda atom: (  # noqa: E731
+            constant(atom.val) if isinstance(atom, Literal) else env[atom]
+        )
+        env = dict(zip(jaxpr.constvars, map(constant, closed.consts), strict=True))
+        env |= dict(zip(jaxpr.invars, arguments, strict=True))
+        readers = _readers(jaxpr)
+        for eqn in jaxpr.eqns:
+            outs = self._equation(eqn, [read(atom) for atom in eqn.invars])
+            for variable, value in zip(eqn.outvars, outs, strict=True):
+                if value.product is not None and readers[variable] != 1:
+                    value = value.but(product=None)
+                env[variable] = value
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, values: list[Value]) -> list[Value]:
+        name = eqn.primitive.name
+        if name == "scan":
+            return self._scan(eqn, values)
+        if name == "while":
+            return self._while(eqn, values)
+        if name == "cond":
+            return self._cond(eqn, values)
+        if name in _RULES:
+            return _RULES[name](eqn, values, self.notes)
+        body = _body(eqn)
+        if body is not None:
+            return self.run(body, values)
+        if all(v.is_constant for v in values):
+            loops = [v.distinct for v in values if v.distinct is not None]
+            known = max(loops, default=None)
+            return [Value(shape_of(v), distinct=known) for v in eqn.outvars]
+        return _meet.other(eqn, values, self.notes)
+
+    def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """Branches, of which any may be taken."""
+        which, *operands = values
+        results = [self.run(branch, operands) for branch in eqn.params["branches"]]
+        return [
+            self._either(eqn, which, cases, shape_of(variable))
+            for variable, *cases in zip(eqn.outvars, *results, strict=True)
+        ]
+
+    def _either(
+        self, eqn: Any, which: Value, cases: list[Value], shape: tuple[int, ...]
+    ) -> Value:
+        """One of several values, which another one chooses."""
+        views = tuple(dict.fromkeys(x for v in cases for x in v.views))
+        if which.node is None and all(v.node is None for v in cases):
+            known = {v.known for v in cases}
+            return Value(
+                shape, views=views, known=known.pop() if len(known) == 1 else None
+            )
+        if which.node is not None and len(views) and all(v.node is None for v in cases):
+            node = self.notes.join("cond", [which])
+            uses = tuple(self.notes.use("other", "cond", view) for view in views)
+            return Value(shape, node, views=views, uses=uses)
+        for value in cases:
+            self.notes.end(value, "cond")
+        node, link = self.notes.combine(eqn, [which, *cases])
+        labels = dict.fromkeys(x for v in cases for x in v.labels)
+        return Value(shape, node, link, labels=tuple(labels))
+
+    def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """A loop of a known number of rounds."""
+        p, body = eqn.params, eqn.params["jaxpr"]
+        consts, carry = p["num_consts"], p["num_carry"]
+        graph = self.notes.graph
+        loop = graph.enter(p["length"])
+        slices = [self._slice_of(v, loop) for v in values[consts + carry :]]
+        begin = values[consts : consts + carry]
+        carried = self._carried(
+            body, values[:consts], begin, slices, loop, body.jaxpr.outvars[:carry]
+        )
+        outs = self.run(body, [*values[:consts], *carried, *slices])
+        self._close(loop, carried, outs[:carry], values[:consts])
+        ends = self._ends(begin, carried, outs[:carry])
+        stacked = [self._stack_of(v, loop, p["length"]) for v in outs[carry:]]
+        return [*ends, *stacked]
+
+    def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """A loop of as many rounds as it takes."""
+        p = eqn.params
+        count, own = p["cond_nconsts"], p["body_nconsts"]
+        test, consts, begin = (
+            values[:count],
+            values[count : count + own],
+            values[count + own :],
+        )
+        loop = self.notes.graph.enter(math.inf)
+        body = p["body_jaxpr"]
+        carried = self._carried(body, consts, begin, [], loop, body.jaxpr.outvars)
+        self.run(p["cond_jaxpr"], [*test, *carried])
+        outs = self.run(body, [*consts, *carried])
+        self._close(loop, carried, outs, consts)
+        return self._ends(begin, carried, outs)
+
+    def _carried(
+        self,
+        body: ClosedJaxpr,
+        consts: Sequence[Value],
+        begin: Sequence[Value],
+        slices: Sequence[Value],
+        loop: Loop,
+        outs: Sequence[Any],
+    ) -> list[Value]:
+        """What a loop carries, as it is in any of its rounds."""
+        kinds = [_kind(v) for v in begin]
+        while True:
+            inside = [*map(_kind, consts), *kinds, *map(_kind, slices)]
+            after = _kinds(body, inside)[: len(begin)]
+            new = [max(pair) for pair in zip(kinds, after, strict=True)]
+            if new == kinds:
+                break
+            kinds = new
+        variables = body.jaxpr.invars[len(consts) : len(consts) + len(begin)]
+        return [
+            self._carry(value, kind, variable is out, loop, [*consts, *begin, *slices])
+            for value, kind, variable, out in zip(
+                begin, kinds, variables, outs, strict=True
+            )
+        ]
+
+    def _carry(
+        self, value: Value, kind: int, still: bool, loop: Loop, rest: Sequence[Value]
+    ) -> Value:
+        """What one carry is in any round."""
+        notes, name = self.notes, "scan" if loop.rounds < math.inf else "while"
+        if still:
+            return value
+        if kind == _DATA:
+            notes.end(value, name)
+            sources = [] if value.node is None else [(value.node, value.link)]
+            node = notes.graph.add("carry", sources)
+            loop.carries.append(node)
+            return Value(value.shape, node)
+        if kind == _PARAMETERS:
+            made = dict.fromkeys(
+                (x.leaf, (*x.made, name)) for v in rest for x in v.views
+            )
+            views = [View.unplaced(leaf, value.shape, own) for leaf, own in made]
+            return Value(value.shape, views=tuple(views))
+        return Value(value.shape, distinct=loop.number)
+
+    def _close(
+        self,
+        loop: Loop,
+        carried: Sequence[Value],
+        outs: Sequence[Value],
+        consts: Sequence[Value],
+    ) -> None:
+        """Feeds the carries of a loop with what its rounds have made of them."""
+        graph = self.notes.graph
+        graph.leave(loop)
+        for before, after in zip(carried, outs, strict=True):
+            if before.node in loop.carries and after.node is not None:
+                graph.nodes[before.node].again.append((after.node, after.link))
+                self._note_summed(before, after, loop)
+        # A carry whose source is a carry needs the inputs of what feeds it later.
+        for node in loop.carries:
+            own = [graph.nodes[n].inputs for n, _ in graph.nodes[node].again]
+            graph.nodes[node].inputs |= frozenset().union(*own)
+
+    def _note_summed(self, before: Value, after: Value, loop: Loop) -> None:
+        """Notes down slices of a weight whose results a loop adds up."""
+        for use, _ in self._sums(before, after):
+            own = tuple(a for n, a in use.view.own if n == loop.number)
+            if own:
+                self.notes.summed.append((use, own))
+
+    def _sums(self, before: Value, after: Value) -> list[tuple[Use, int]]:
+        """The layers whose results are added to what a loop carries.
+
+        Where a layer is called on what the loop carries, as in a residual block, its
+        slices are called one after another, and are no summands.
+        """
+        feeds = self.notes.graph.feeds
+        return [
+            (use, number)
+            for use, number in after.summands
+            if number == before.node and not feeds(number, use.node)
+        ]
+
+    def _ends(
+        self, begin: Sequence[Value], carried: Sequence[Value], outs: Sequence[Value]
+    ) -> list[Value]:
+        """What a loop has carried after its last round."""
+        graph, ends = self.notes.graph, []
+        for first, before, after in zip(begin, carried, outs, strict=True):
+            if before is first:
+                ends.append(first)
+            elif before.node is None:
+                ends.append(before)
+            elif after.node is None:
+                ends.append(after.but(shape=before.shape))
+            else:
+                node = graph.add("exit", [(after.node, after.link)])
+                fresh = bool(self._sums(before, after))
+                ends.append(
+                    Value(before.shape, node, labels=after.labels, fresh=fresh)
+                )
+        return ends
+
+    def _slice_of(self, value: Value, loop: Loop) -> Value:
+        """What a round of a loop gets of a value that it goes through."""
+        if value.is_constant:
+            return Value(value.shape[1:], distinct=loop.number, known=value.known)
+        views = []
+        for view in value.views:
+            own = {(loop.number, a) for a in view.at([0])}
+            views.append(
+                dataclasses.replace(view, own=view.own | own).without([0])
+            )
+        labels = tuple((use, view.without([0])) for use, view in value.labels)
+        link = value.link
+        if value.node is not None:
+            link = link.then(Link(("scan",)))
+        return value.but(
+            shape=value.shape[1:], views=tuple(views), labels=labels, link=link
+        )
+
+    def _stack_of(self, value: Value, loop: Loop, length: int) -> Value:
+        """What is left of a value after all rounds: one for each, stacked."""
+        shape = (length, *value.shape)
+        kept = range(1, len(shape))
+        views = []
+        for view in value.views:
+            placed = view.broadcast(shape, kept)
+            axes = [a for n, a in view.own if n == loop.number]
+            if axes:
+                rows, spans = list(placed.axes), placed.span
+                rows[0] = _meet.parts(axes[:1], length)
+                own = frozenset(x for x in view.own if x[0] != loop.number)
+                placed = dataclasses.replace(
+                    placed, axes=tuple(rows), span=spans, own=own
+                )
+            views.append(placed)
+        labels = tuple((use, view.broadcast(shape, kept)) for use, view in value.labels)
+        return value.but(
+            shape=shape,
+            views=tuple(views),
+            labels=labels,
+            distinct=None,
+            product=None,
+            multiple=None,
+            sign=None,
+        )
+
+
+def _readers(jaxpr: Jaxpr) -> collections.Counter:
+    """How often each variable is read."""
+    atoms = [atom for eqn in jaxpr.eqns for atom in eqn.invars] + list(jaxpr.outvars)
+    return collections.Counter(a for a in atoms if not isinstance(a, Literal))
+
+
+def _body(eqn: Any) -> ClosedJaxpr | None:
+    """The jaxpr that an equation calls, if it is a call of one."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
+        body = eqn.params.get(name)
+        if isinstance(body, ClosedJaxpr):
+            return body
+        if isinstance(body, Jaxpr):
+            return ClosedJaxpr(body, ())
+    return None
+
+
+def _kind(value: Value) -> int:
+    """What a value is computed from."""
+    if value.node is not None:
+        return _DATA
+    return _PARAMETERS if value.views else _NOTHING
+
+
+def _kinds(closed: ClosedJaxpr, arguments: Sequence[int]) -> list[int]:
+    """What the results of a jaxpr are computed from, given that of its arguments."""
+    jaxpr = closed.jaxpr
+    env = dict.fromkeys(jaxpr.constvars, _NOTHING)
+    env |= dict(zip(jaxpr.invars, arguments, strict=True))
+    read = lambda atom: _NOTHING if isinstance(atom, Literal) else env[atom]  # noqa: E731
+    for eqn in jaxpr.eqns:
+        inside = [read(atom) for atom in eqn.invars]
+        body = _body(eqn)
+        if body is None:
+            outs = [max(inside, default=_NOTHING)] * len(eqn.outvars)
+        else:
+            outs = _kinds(body, inside)
+        env |= dict(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]

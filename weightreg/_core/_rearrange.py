@@ -1,0 +1,238 @@
+"""Primitives that only move numbers: transposes, reshapes, slices, joins."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from weightreg._core._graph import Link
+from weightreg._core._values import Notes, Value
+from weightreg._core._views import LostError, Shape, View
+
+_Place = Callable[[View], View | None]
+
+# What leaves every number where it is. (A reversal, too, as far as axes are concerned.)
+SAME = frozenset(
+    "convert_element_type copy copy_p stop_gradient reduce_precision device_put name "
+    "sharding_constraint reshard mesh_cast layout_constraint pvary pcast rev "
+    "optimization_barrier".split()
+)
+
+
+def shape_of(variable: Any) -> Shape:
+    """The shape of a variable of a jaxpr."""
+    return tuple(getattr(variable.aval, "shape", ()))
+
+
+def same(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """The values as they are."""
+    del eqn, notes
+    return list(values)
+
+
+def moved(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """What a primitive with one operand moves."""
+    place, slope = _PLACES[eqn.primitive.name](eqn.params, values[0].shape)
+    shape = shape_of(eqn.outvars[0])
+    return [put(values[0], place, shape, eqn.primitive.name, notes, slope)]
+
+
+def put(
+    value: Value,
+    place: _Place,
+    shape: Shape,
+    name: str,
+    notes: Notes,
+    slope: float = 1.0,
+) -> Value:
+    """A value of another shape, with all its views in their new places.
+
+    A leaf that cannot be followed is noted down as used by the primitive.
+    """
+    views = []
+    for view in value.views:
+        try:
+            views.append(place(view))
+        except LostError:
+            if value.node is None:
+                notes.use("other", name, view)
+    labels = []
+    for use, view in value.labels:
+        try:
+            labels.append((use, place(view)))
+        except LostError:
+            continue
+    link = value.link
+    if value.node is not None:
+        link = link.then(Link((name,), slope=slope))
+    return value.but(
+        shape=shape,
+        link=link,
+        views=tuple(v for v in views if v is not None),
+        labels=tuple((use, view) for use, view in labels if view is not None),
+        multiple=None,
+        sign=None,
+    )
+
+
+def _transpose(params: dict, shape: Shape) -> tuple[_Place, float]:
+    return lambda view: view.permuted(params["permutation"]), 1.0
+
+
+def _reshape(params: dict, shape: Shape) -> tuple[_Place, float]:
+    new, order = params["new_sizes"], params["dimensions"]
+    if order is None:
+        return lambda view: view.reshaped(shape, new), 1.0
+    old = tuple(shape[k] for k in order)
+    return lambda view: view.permuted(order).reshaped(old, new), 1.0
+
+
+def _broadcast(params: dict, shape: Shape) -> tuple[_Place, float]:
+    new, dimensions = params["shape"], params["broadcast_dimensions"]
+    repeats = math.prod(new) / max(math.prod(shape), 1)
+    return lambda view: view.broadcast(new, dimensions), math.sqrt(repeats)
+
+
+def _squeeze(params: dict, shape: Shape) -> tuple[_Place, float]:
+    return lambda view: view.without(params["dimensions"]), 1.0
+
+
+def _expand(params: dict, shape: Shape) -> tuple[_Place, float]:
+    gone = params["dimensions"]
+    new = list(shape)
+    for k in sorted(gone):
+        new.insert(k, 1)
+    kept = [k for k in range(len(new)) if k not in gone]
+    return lambda view: view.broadcast(tuple(new), kept), 1.0
+
+
+def _slice(params: dict, shape: Shape) -> tuple[_Place, float]:
+    starts, stops = params["start_indices"], params["limit_indices"]
+    strides = params["strides"] or (1,) * len(shape)
+    return lambda view: sliced(view, starts, stops, strides), 1.0
+
+
+def _tile(params: dict, shape: Shape) -> tuple[_Place, float]:
+    reps = params["reps"]
+
+    def place(view: View) -> View:
+        for axis, count in enumerate(reps):
+            if count != 1 and axis in view.occupied():
+                raise LostError
+        new = tuple(n * r for n, r in zip(shape, reps, strict=True))
+        return view.broadcast(new, range(len(shape)))
+
+    return place, math.sqrt(math.prod(reps))
+
+
+def sliced(
+    view: View, starts: Sequence[int], stops: Sequence[int], strides: Sequence[int]
+) -> View | None:
+    """A view in a box of the value, ``None`` where nothing of it is there."""
+    cut: View | None = view
+    for axis, box in enumerate(zip(starts, stops, strides, strict=True)):
+        cut = cut and cut.sliced(axis, *box)
+    return cut
+
+
+def split(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """The stretches that an axis is split into."""
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    ends = list(itertools.accumulate(map(int, sizes), initial=0))
+    return [
+        put(
+            values[0],
+            lambda view, box=(start, stop, 1): view.sliced(axis, *box),
+            shape_of(out),
+            eqn.primitive.name,
+            notes,
+        )
+        for start, stop, out in zip(ends, ends[1:], eqn.outvars, strict=False)
+    ]
+
+
+def concatenate(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """Values one after another along an axis."""
+    axis, shape = eqn.params["dimension"], shape_of(eqn.outvars[0])
+    starts = itertools.accumulate((v.shape[axis] for v in values), initial=0)
+    places = [lambda view, start=start: view.moved(axis, start) for start in starts]
+    return [_joined(eqn, values, places[: len(values)], shape, notes)]
+
+
+def stack(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """Values one after another along a new axis."""
+    axis, shape = eqn.params["axis"], shape_of(eqn.outvars[0])
+    own = (*shape[:axis], 1, *shape[axis + 1 :])
+    kept = [k for k in range(len(shape)) if k != axis]
+    places = [
+        lambda view, start=start: view.broadcast(own, kept).moved(axis, start)
+        for start in range(len(values))
+    ]
+    return [_joined(eqn, values, places, shape, notes)]
+
+
+def pad(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """A value with others around it and between its numbers."""
+    config, shape = eqn.params["padding_config"], shape_of(eqn.outvars[0])
+
+    def place(view: View) -> View:
+        for axis, (low, high, between) in enumerate(config):
+            if min(low, high) < 0 or between:
+                raise LostError
+            if axis in view.occupied():
+                view = view.moved(axis, low)
+            else:  # As far as is known, it is repeated in what is put around it, too.
+                view = view.repeated(axis, shape[axis])
+        return view
+
+    return [_joined(eqn, values, [place, lambda view: None], shape, notes)]
+
+
+def _joined(
+    eqn: Any,
+    values: Sequence[Value],
+    places: Iterable[_Place],
+    shape: Shape,
+    notes: Notes,
+) -> Value:
+    """Several values in one, where parameters among data are used as they are."""
+    name = eqn.primitive.name
+    node, link = notes.combine(eqn, values)
+    data = node is not None
+    if data:
+        for value in values:
+            notes.end(value, name)
+    put_values = [
+        put(value, place, shape, name, notes)
+        for value, place in zip(values, places, strict=True)
+        if not (data and value.is_parameter)
+    ]
+    fresh = data and all(v.fresh or v.is_constant for v in values)
+    return Value(
+        shape,
+        node,
+        link,
+        views=() if data else tuple(x for v in put_values for x in v.views),
+        labels=tuple(x for v in put_values for x in v.labels),
+        fresh=fresh,
+    )
+
+
+_PLACES: dict[str, Callable[[dict, Shape], tuple[_Place, float]]] = {
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "squeeze": _squeeze,
+    "expand_dims": _expand,
+    "slice": _slice,
+    "tile": _tile,
+}
+
+RULES: dict[str, Callable[[Any, Sequence[Value], Notes], list[Value]]] = {
+    **dict.fromkeys(SAME, same),
+    **dict.fromkeys(_PLACES, moved),
+    "split": split,
+    "concatenate": concatenate,
+    "stack": stack,
+    "pad": pad,
+}

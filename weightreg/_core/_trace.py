@@ -1,0 +1,194 @@
+"""Reads what a network does with its parameters."""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+from jax.interpreters import partial_eval
+from optax.contrib import MuonDimensionNumbers
+
+from weightreg._core._follow import Follower
+from weightreg._core._graph import Link
+from weightreg._core._network import Network, WeightLayer, leaf_path
+from weightreg._core._roles import Chains, Leaf, Roles
+from weightreg._core._values import Value
+from weightreg._core._views import View
+
+Stack = int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
+
+
+def trace_network(
+    fn: Callable[..., Any], params: Any, *inputs: Any, stack: Stack = None, **static: Any
+) -> Network:
+    """DOC"""
+    leaves, structure = jax.tree.flatten(params)
+    data, data_structure = jax.tree.flatten(inputs)
+    traced = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    given = [i for i, leaf in enumerate(data) if _is_array(leaf)]
+    if not given:
+        raise ValueError(
+            "inputs must hold an array, a jax.ShapeDtypeStruct or a key at least, for "
+            "else everything that the network computes is a constant. Pass what "
+            "fn closes over as an argument: trace_network(lambda p, x: ..., params, x)."
+        )
+
+    def call(arrays: Sequence[Any], values: Sequence[Any]) -> Any:
+        whole = structure.unflatten(_put(leaves, traced, arrays))
+        return fn(whole, *data_structure.unflatten(_put(data, given, values)), **static)
+
+    closed = jax.make_jaxpr(call)(
+        [_abstract(leaves[i]) for i in traced], [_abstract(data[i]) for i in given]
+    )
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return _read(closed, params, paths, traced, stack)
+
+
+def _read(
+    closed: ClosedJaxpr, params: Any, paths: list[str], traced: list[int], stack: Stack
+) -> Network:
+    """What a jaxpr of traced parameters and inputs says of them."""
+    leaves = jax.tree.leaves(params)
+    jaxpr, used = partial_eval.dce_jaxpr(
+        closed.jaxpr, [True] * len(closed.jaxpr.outvars)
+    )
+    follower = Follower()
+    notes, values = follower.notes, []
+    for position, variable in enumerate(closed.jaxpr.invars):
+        shape = tuple(variable.aval.shape)
+        if position >= len(traced):
+            values.append(Value(shape, notes.graph.add("input")))
+            if jnp.issubdtype(variable.aval.dtype, jax.dtypes.prng_key):
+                notes.keys.add(notes.graph.size - 1)
+        elif jnp.issubdtype(variable.aval.dtype, jnp.inexact):
+            values.append(Value(shape, views=(View.whole(position, shape),)))
+        else:
+            values.append(Value(shape))
+    kept = [value for value, use in zip(values, used, strict=True) if use]
+    outs = follower.run(ClosedJaxpr(jaxpr, closed.consts), kept)
+    for out in outs:
+        notes.end(out, "output", weak=True)
+        notes.note_apart(out)
+    sources = [(out.node, out.link) for out in outs if out.node is not None]
+    output = notes.graph.add("output", sources)
+    known = [
+        Leaf(k, paths[i], tuple(jnp.shape(leaves[i])), used[k])
+        for k, i in enumerate(traced)
+    ]
+    roles = Roles(known, notes, _stacked(stack, known))
+    layers = roles.layers()
+    _check_stacks(stack, layers)
+    nodes = {layer.path: roles.nodes(known[layer.index]) for layer in layers}
+    chains = Chains(notes.graph, nodes, output)
+    between = [chains.link(a.path, b.path, nodes) for a, b in _pairs(layers)]
+    links = {
+        (a.path, b.path): _unscalable(link)
+        for (a, b), link in zip(_pairs(layers), between, strict=True)
+        if link is not None
+    }
+    for layer in layers:
+        link = chains.again(layer.path, nodes)
+        if link is not None:
+            links[layer.path, layer.path] = _unscalable(link)
+    dims: list[Any] = [None] * len(leaves)
+    for layer in layers:
+        if layer.output_axes:
+            axes = layer.input_axes, layer.output_axes
+            dims[traced[layer.index]] = MuonDimensionNumbers(*axes)
+    return Network(
+        layers=tuple(replace(x, index=traced[x.index]) for x in layers),
+        between=tuple(link and link.primitives for link in between),
+        roles={leaf.path: roles.role(leaf) for leaf in known},
+        dims=jax.tree.unflatten(jax.tree.structure(params), dims),
+        open=tuple(roles.open()),
+        shapes={leaf.path: leaf.shape for leaf in known},
+        links=links,
+        unbounded=chains.unbounded(layers),
+    )
+
+
+def _pairs(layers: Sequence[WeightLayer]) -> list[tuple[WeightLayer, WeightLayer]]:
+    return list(itertools.pairwise(layers))
+
+
+def _unscalable(link: Link) -> str:
+    """Why scale cannot be moved through what lies between layers, or ``""``."""
+    if link.degree == 1:
+        return ""
+    between = ", ".join(link.primitives) or "nothing"
+    return f"what lies between ({between}) is not known to be positively homogeneous"
+
+
+def _stacked(stack: Stack, leaves: Sequence[Leaf]) -> dict[int, tuple[int, ...]]:
+    """The axes that a user calls stacks, by the positions of leaves."""
+    if stack is None:
+        return {}
+    found = {}
+    if not isinstance(stack, Mapping):
+        return {leaf.index: _axes_of(stack, leaf, "stack") for leaf in leaves}
+    for name, axes in stack.items():
+        own = [leaf for leaf in leaves if _is_named(name, leaf.path)]
+        if not own:
+            raise ValueError(
+                f"stack has an entry {name!r}, which is the path of no parameter or "
+                f"module. There are: {', '.join(leaf.path for leaf in leaves)}."
+            )
+        for leaf in own:
+            found[leaf.index] = _axes_of(axes, leaf, f"stack[{name!r}]")
+    return found
+
+
+def _is_named(name: Any, path: str) -> bool:
+    """Whether a name is that of a leaf or of a module that it is in."""
+    if not isinstance(name, str):
+        raise TypeError(f"stack must have paths for keys, not {name!r}.")
+    keys = re.findall(r"[^\[\]'\".]+", path)
+    own = re.findall(r"[^\[\]'\"./]+", name)
+    return bool(own) and keys[: len(own)] == own
+
+
+def _axes_of(axes: Any, leaf: Leaf, where: str) -> tuple[int, ...]:
+    """The axes of one leaf that a user calls stacks, counted from the front."""
+    both = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
+    if not all(isinstance(a, int | np.integer) for a in both):
+        raise TypeError(f"{where} must be an axis or several, not {axes!r}.")
+    ndim = len(leaf.shape)
+    if any(not -ndim <= a < ndim for a in both):
+        if where == "stack":  # which is said of all leaves, of which some have less
+            return ()
+        raise ValueError(
+            f"{where} is {axes}, but {leaf.path} of shape {leaf.shape} has {ndim} axes."
+        )
+    return tuple(int(a) % ndim for a in both)
+
+
+def _check_stacks(stack: Stack, layers: Sequence[WeightLayer]) -> None:
+    """Refuses stacks that leave a weight without inputs."""
+    for layer in layers if stack is not None else ():
+        if not layer.input_axes:
+            raise ValueError(
+                f"stack is {stack!r}, which leaves {layer.path} of shape {layer.shape} "
+                "without inputs: expected axes that number layers."
+            )
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
+
+
+def _put(leaves: Sequence[Any], where: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    """The leaves with new ones at some positions."""
+    whole = list(leaves)
+    for position, value in zip(where, new, strict=True):
+        whole[position] = value
+    return whole

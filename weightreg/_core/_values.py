@@ -1,0 +1,193 @@
+"""Values of a computation, and the uses that a network makes of its parameters."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from weightreg._core._graph import Graph, Link
+from weightreg._core._links import through
+from weightreg._core._views import Shape, View
+
+# Constants of more elements are not looked at.
+_MOST = 100_000
+
+
+@dataclasses.dataclass(eq=False)
+class Use:
+    """What a network does with a leaf at one place.
+
+    Attributes:
+      leaf: Position of the leaf.
+      kind: ``"weight"``, ``"bias"``, ``"scale"``, ``"embedding"``, or ``"other"``.
+      name: The primitive that uses it.
+      view: How the leaf lies there.
+      weak: Whether the use does not matter where there is another one, as where a leaf
+        is returned as it is, or only a statistic of it is used.
+      node: The call of a layer, in the graph.
+      inputs: The axes of the leaf that a weight is contracted along.
+      outputs: Those that number units.
+      window: How many of the inputs are a convolution's window.
+      convolution: The primitive's own parameters.
+      shape: The shape of the array that a weight is applied to.
+      outer: Whether that array is an outer product of others.
+      bias: The leaf that is added to the units.
+      gone: Whether the use has turned out to be a part of another.
+    """
+
+    leaf: int
+    kind: str
+    name: str
+    view: View
+    weak: bool = False
+    node: int | None = None
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    window: int = 0
+    convolution: dict[str, Any] | None = None
+    shape: Shape = ()
+    outer: bool = False
+    bias: int | None = None
+    gone: bool = False
+
+    def unseen(self) -> tuple[int, ...]:
+        """The axes of the leaf that are neither inputs nor units at this place."""
+        axes = range(len(self.view.region))
+        return tuple(a for a in axes if a not in (*self.inputs, *self.outputs))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A value: constant, made of parameters alone, or computed from data.
+
+    Attributes:
+      shape: Its shape.
+      node: The node of the graph that it is computed from, ``None`` if from none.
+      link: How it is computed from the node.
+      views: The leaves that it is made of, or that have just changed data.
+      uses: The uses of these that were noted down when they changed data. They are
+        taken back where the leaves turn out to be weights that data have changed.
+      labels: The units that its axes number: the weights of layers, each with a view of
+        it that has these axes.
+      fresh: Whether only rearrangements and sums lie between it and the layers.
+      product: The data that it is the product of with leaves, if nothing else is made
+        of it but what reads it next.
+      outer: Whether it is a product of data along axes of their own.
+      known: The number that a constant repeats, if it does.
+      distinct: The loop in whose rounds a constant has different numbers.
+      multiple: The value that it is a multiple of, by its identity, and the factor.
+      sign: The value whose sign it tells, by its identity.
+      summands: Layers to whose units the value of another node was added, and the node.
+    """
+
+    shape: Shape
+    node: int | None = None
+    link: Link = Link()
+    views: tuple[View, ...] = ()
+    uses: tuple[Use, ...] = ()
+    labels: tuple[tuple[Use, View], ...] = ()
+    fresh: bool = False
+    product: "Value | None" = None
+    outer: bool = False
+    known: float | None = None
+    distinct: int | None = None
+    multiple: tuple[int, float] | None = None
+    sign: int | None = None
+    summands: tuple[tuple[Use, int], ...] = ()
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is made of parameters, and perhaps of constants, alone."""
+        return self.node is None and bool(self.views)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is made of neither data nor parameters."""
+        return self.node is None and not self.views
+
+    def base(self) -> tuple[int, float]:
+        """The value that it is a multiple of, and the factor."""
+        return self.multiple or (id(self), 1.0)
+
+    def but(self, **changes: Any) -> "Value":
+        """The value with changes."""
+        return dataclasses.replace(self, **changes)
+
+
+def constant(x: Any) -> Value:
+    """A constant, of which the number is known that it repeats."""
+    shape = np.shape(x)
+    dtype = getattr(x, "dtype", np.result_type(type(x)))
+    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+    if not 0 < math.prod(shape) <= _MOST or not real:
+        return Value(shape)
+    numbers = np.asarray(x)
+    first = numbers.flat[0]
+    return Value(shape, known=float(first) if np.all(numbers == first) else None)
+
+
+class Notes:
+    """What has been seen of a network so far.
+
+    Attributes:
+      graph: What is computed from what.
+      uses: The uses of all leaves, in order.
+      shared: Weights and those of their output axes that turned out to be the stack of
+        a later layer, or to be averaged over.
+      keys: The inputs of the network that are keys of random numbers.
+      summed: Pairs of a weight and those of its axes that number slices of it whose
+        results are summed.
+    """
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.uses: list[Use] = []
+        self.keys: set[int] = set()
+        self.shared: list[tuple[Use, tuple[int, ...]]] = []
+        self.summed: list[tuple[Use, tuple[int, ...]]] = []
+
+    def use(self, kind: str, name: str, view: View, **details: Any) -> Use:
+        """Notes down a use."""
+        weak = details.pop("weak", bool(view.reduced))
+        if view.reduced and kind != "weight":
+            kind, name = "other", view.reduced
+        use = Use(view.leaf, kind, name, view, weak, **details)
+        self.uses.append(use)
+        return use
+
+    def end(self, value: Value, name: str, weak: bool = False) -> None:
+        """Notes down that leaves are used as they are by a primitive."""
+        for view in value.views if value.node is None else ():
+            self.use("other", name, view, weak=weak or bool(view.reduced))
+
+    def note_apart(self, value: Value) -> None:
+        """Notes down units of which the network's results keep some apart.
+
+        Members of an ensemble come before a batch, and other units after it.
+        """
+        for use, view in value.labels:
+            places = sorted(view.occupied())
+            gaps = [k for k, n in zip(places, places[1:], strict=False) if n != k + 1]
+            axes = tuple(a for a in view.at(gaps) if a in use.outputs)
+            if axes:
+                self.shared.append((use, axes))
+
+    def combine(self, eqn: Any, values: Iterable[Value]) -> tuple[int | None, Link]:
+        """The node and the link of what an equation computes from its operands."""
+        values = list(values)
+        nodes = list(dict.fromkeys(v.node for v in values if v.node is not None))
+        if not nodes:
+            return None, Link()
+        if len(nodes) == 1:
+            return nodes[0], through(eqn, values, nodes[0])
+        return self.join(eqn.primitive.name, values), Link()
+
+    def join(self, name: str, values: Iterable[Value]) -> int:
+        """A new node that is computed from several values."""
+        step = Link((name,), None, math.inf)
+        return self.graph.add(
+            "join", [(v.node, v.link.then(step)) for v in values if v.node is not None]
+        )
