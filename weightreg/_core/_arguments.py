@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.tree_util import GetAttrKey
 from optax._src.base import NO_PARAMS_MSG  # not public, but the error users know
 
 KeyPath: TypeAlias = tuple[Any, ...]
@@ -176,6 +177,12 @@ def compute_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
 def show_path(path: KeyPath) -> str:
     """A leaf's path as a user would write it, e.g. ``['Dense_0']['kernel']``."""
     return jax.tree_util.keystr(path) or "(the whole tree)"
+
+
+def leaf_path(path: KeyPath) -> str:
+    """A leaf's path, without the ``.value`` that boxes and ``nnx.State`` append."""
+    boxed = bool(path) and path[-1] == GetAttrKey("value")
+    return show_path(path[:-1] if boxed else path)
 
 
 def is_hole(node: Any) -> bool:

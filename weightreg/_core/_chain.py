@@ -1,7 +1,7 @@
 """A chain of layers: which weights, in what order, with which biases.
 
 No tree says in which order a network calls its layers. Where that matters users name
-the layers, and only this file reads the names.
+the layers, or trace the network, and only this file reads the names.
 """
 
 import itertools
@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import GetAttrKey
 
-from weightreg._core._arguments import KeyPath, compute_dtype, show_path
+from weightreg._core._arguments import KeyPath, compute_dtype, leaf_path, show_path
 from weightreg._core._norms import Axes, Norm, Scaled, concatenate, norm_of
+from weightreg._core._network import Network
 from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
 
-LayerOrder: TypeAlias = Sequence[WeightLayer | str] | None
+LayerOrder: TypeAlias = Sequence[WeightLayer | str] | Network | None
 """Layers in the order in which a network calls them, which `chain_of` reads."""
 
 _Paths: TypeAlias = list[tuple[KeyPath, Any]]
@@ -34,11 +35,13 @@ class Chain(NamedTuple):
       biases: The position of every layer's bias in ``jax.tree.leaves(params)``, or
         ``None`` for a layer without one.
       dtype: A dtype of at least 32 bits that holds weights and biases exactly.
+      net: The traced network that they were taken from, if they were.
     """
 
     layers: _Layers
     biases: tuple[int | None, ...]
     dtype: jnp.dtype
+    net: Network | None
 
 
 def chain_of(
@@ -50,27 +53,51 @@ def chain_of(
     or that of its module (``"Dense_0"``). ``None`` stands for all weights in the order
     of `weight_layers`. A `WeightLayer` brings its own axes where neither ``mask`` nor
     ``dims`` is given, and else has to agree with them. The order of the layers matters
-    where there are biases, and, if ``ordered`` is true, always.
+    where there are biases, and, if ``ordered`` is true, always. A `Network` for
+    ``layers`` or ``dims`` knows order and biases.
 
     Raises:
       ValueError: The layers are not weights of ``params``, each named once, or they,
         their stack axes or their biases do not make a chain.
       TypeError: ``layers`` is no sequence of layers and strings.
     """
+    if isinstance(layers, Network):
+        if dims is not None and dims is not layers:
+            raise ValueError(
+                "layers is a traced network, which says what the axes of the weights "
+                f"mean: leave dims= out, which is {dims!r}."
+            )
+        layers, dims = None, layers
+    net = dims if isinstance(dims, Network) else None
     paths = jax.tree_util.tree_leaves_with_path(params)
     weights = layers_for("a chain of layers", params, mask, dims)
     strict = mask is not None or dims is not None
     chosen = weights if layers is None else _choose(layers, weights, paths, strict)
     for layer in chosen:
         _check_stack(layer)
-    biases = _biases(chosen, weights, paths)
-    if layers is None and (ordered or any(i is not None for i in biases)):
-        _check_order(chosen)
+    if net is None:
+        biases = _biases(chosen, weights, paths)
+    else:
+        biases = _traced_biases(chosen, paths)
     used = [layer.index for layer in chosen] + [i for i in biases if i is not None]
-    if layers is None:
+    if layers is None and net is None:
+        if ordered or any(i is not None for i in biases):
+            _check_order(chosen)
         _check_complete(paths, used)
     dtype = compute_dtype(*(jnp.result_type(paths[i][1]) for i in used))
-    return Chain(chosen, biases, dtype)
+    return Chain(chosen, biases, dtype, net)
+
+
+def _traced_biases(layers: _Layers, paths: _Paths) -> tuple[int | None, ...]:
+    """The position of the leaf that was seen to be added to each layer's units."""
+    at = {leaf_path(path): index for index, (path, _) in enumerate(paths)}
+    for layer in layers:
+        if layer.bias is not None and layer.bias not in at:
+            raise ValueError(
+                f"params lack {layer.bias}, the bias of {layer.path}: expected the "
+                "parameters of the whole traced network."
+            )
+    return tuple(None if x.bias is None else at[x.bias] for x in layers)
 
 
 def stack_of(layer: WeightLayer) -> tuple[int, ...]:

@@ -235,9 +235,7 @@ class Follower:
             else:
                 node = graph.add("exit", [(after.node, after.link)])
                 fresh = bool(self._sums(before, after))
-                ends.append(
-                    Value(before.shape, node, labels=after.labels, fresh=fresh)
-                )
+                ends.append(Value(before.shape, node, labels=after.labels, fresh=fresh))
         return ends
 
     def _slice_of(self, value: Value, loop: Loop) -> Value:
@@ -247,9 +245,7 @@ class Follower:
         views = []
         for view in value.views:
             own = {(loop.number, a) for a in view.at([0])}
-            views.append(
-                dataclasses.replace(view, own=view.own | own).without([0])
-            )
+            views.append(dataclasses.replace(view, own=view.own | own).without([0]))
         labels = tuple((use, view.without([0])) for use, view in value.labels)
         link = value.link
         if value.node is not None:

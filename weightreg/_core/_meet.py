@@ -312,8 +312,12 @@ def _dot(
     if all(v.node is None for v in values):
         partner = all(v.is_parameter for v in values)
         views = [
-            _onto(view.contracted(gone[side], partner, "dot_general"), places[side],
-                  gone[side], shape)
+            _onto(
+                view.contracted(gone[side], partner, "dot_general"),
+                places[side],
+                gone[side],
+                shape,
+            )
             for side, v in enumerate(values)
             for view in v.views
         ]
@@ -323,9 +327,7 @@ def _dot(
         return _of_data(eqn, values, gone, batch, places, shape, notes)
     weight, data = values[side], values[1 - side]
     _note_shared(data, batch[1 - side], weight, batch[side], notes)
-    return call(
-        eqn, data, weight, gone[side], places[side], shape, notes, batch[side]
-    )
+    return call(eqn, data, weight, gone[side], places[side], shape, notes, batch[side])
 
 
 def _places(
@@ -371,9 +373,7 @@ def _is_matrix(
 ) -> bool:
     """Whether a leaf that data have changed is still a matrix of them."""
     free = [k for k in range(len(value.shape)) if k not in (*gone, *batch)]
-    whole = all(
-        k in view.occupied() for k in (*gone, *free) if value.shape[k] != 1
-    )
+    whole = all(k in view.occupied() for k in (*gone, *free) if value.shape[k] != 1)
     return whole and not view.reduced and bool(view.at(gone)) and bool(view.at(free))
 
 
@@ -519,7 +519,9 @@ def _note_shared(
     """Notes down the units of layers that are a stack for the one that follows."""
     for use, view in data.labels:
         stacked = [
-            k for k, j in zip(batch, own, strict=True) if any(v.at([j]) for v in weight.views)
+            k
+            for k, j in zip(batch, own, strict=True)
+            if any(v.at([j]) for v in weight.views)
         ]
         axes = tuple(a for a in view.at(stacked) if a in use.outputs)
         if axes:
@@ -527,7 +529,11 @@ def _note_shared(
 
 
 def _note_averaged(
-    value: Value, gone: Sequence[int], other: Value, gone_there: Sequence[int], notes: Notes
+    value: Value,
+    gone: Sequence[int],
+    other: Value,
+    gone_there: Sequence[int],
+    notes: Notes,
 ) -> None:
     """Notes down units that are summed with what no layer's units are multiplied by."""
     theirs = {a for _, v in other.labels for a in v.at(gone_there)}
@@ -668,7 +674,11 @@ def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
 def _gathered(numbers: Any, ndim: int, rows: Sequence[int]) -> dict[int, int]:
     """Where the axes of a value are in what is gathered from it."""
     batching = dict(
-        zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+        zip(
+            numbers.operand_batching_dims,
+            numbers.start_indices_batching_dims,
+            strict=True,
+        )
     )
     gone = {*numbers.collapsed_slice_dims, *batching}
     kept = [k for k in range(ndim) if k not in gone]
@@ -718,15 +728,30 @@ def dynamic_slice(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value
     """A box of a value that begins where other values say."""
     value, *starts = values
     shape, sizes = shape_of(eqn.outvars[0]), eqn.params["slice_sizes"]
-    axes = [k for k, (n, all_) in enumerate(zip(sizes, value.shape, strict=True)) if n != all_]
+    axes = [
+        k
+        for k, (n, all_) in enumerate(zip(sizes, value.shape, strict=True))
+        if n != all_
+    ]
     ruling = [starts[k] for k in axes]
     if all(v.known is not None for v in ruling) and (value.views or value.labels):
-        begin = [int(starts[k].known or 0) if k in axes else 0 for k in range(len(sizes))]
-        begin = [min(b, n - s) for b, n, s in zip(begin, value.shape, sizes, strict=True)]
+        begin = [
+            int(starts[k].known or 0) if k in axes else 0 for k in range(len(sizes))
+        ]
+        begin = [
+            min(b, n - s) for b, n, s in zip(begin, value.shape, sizes, strict=True)
+        ]
         ends = [b + n for b, n in zip(begin, sizes, strict=True)]
         strides = (1,) * len(sizes)
-        return [put(value, lambda v: sliced(v, begin, ends, strides), shape,
-                    "dynamic_slice", notes)]
+        return [
+            put(
+                value,
+                lambda v: sliced(v, begin, ends, strides),
+                shape,
+                "dynamic_slice",
+                notes,
+            )
+        ]
     if not value.is_parameter:
         node, link = notes.combine(eqn, [value, *ruling])
         if node is None:
@@ -754,7 +779,9 @@ def other(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     for variable in eqn.outvars:
         shape = shape_of(variable)
         views = [View.unplaced(leaf, shape, own) for leaf, own in made]
-        outs.append(Value(shape, node, link, views=() if node is not None else tuple(views)))
+        outs.append(
+            Value(shape, node, link, views=() if node is not None else tuple(views))
+        )
     return outs
 
 

@@ -4,14 +4,9 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-from jax.tree_util import GetAttrKey
-
-from weightreg._core._arguments import KeyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +63,17 @@ class WeightLayer:
     bias: str | None = None
     combined: tuple[str, ...] = ()
 
+    @property
+    def reach(self) -> int:
+        """How many of its units at most see one input, at different places.
+
+        It is the size of a convolution's window. Where that is not known, since several
+        input axes may be attention's or a window, it is safe to take them for one.
+        """
+        if self.convolves or self.input_shape:
+            return self.window
+        return max(math.prod(self.shape[a] for a in self.input_axes[:-1]), 1)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
@@ -105,41 +111,6 @@ class Network:
     links: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     unbounded: str = ""
 
-    def layers_of(self, params: Any) -> list[WeightLayer | None]:
-        """The layer that each leaf of some parameters is, or ``None`` for the others.
-
-        Raises:
-          ValueError: There is a leaf that was not traced, or not in this shape.
-        """
-        known = {layer.path: layer for layer in self.layers}
-        found = []
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        for index, (path, leaf) in enumerate(leaves):
-            name, shape = leaf_path(path), jnp.shape(leaf)
-            if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or shape:
-                self._check(name, shape)
-            layer = known.get(name)
-            found.append(layer and dataclasses.replace(layer, index=index))
-        return found
-
-    def role(self, path: KeyPath) -> str:
-        """The role of a leaf."""
-        return self.roles.get(leaf_path(path), "static")
-
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        if name not in self.shapes:
-            raise ValueError(
-                f"dims is a traced network without a parameter {name}: expected one "
-                "traced with these parameters. It has: "
-                f"{', '.join(self.shapes) or 'none'}."
-            )
-        if shape != self.shapes[name]:
-            raise ValueError(
-                f"dims is a traced network whose {name} has shape "
-                f"{self.shapes[name]}, but here it has shape {shape}: trace it with "
-                "these parameters."
-            )
-
     def __repr__(self) -> str:
         weights, leaves = len(self.layers), len(self.roles)
         return f"Network({weights} weights among {leaves} parameters)"
@@ -151,12 +122,6 @@ class Network:
             rows.append(_row(path, self.shapes[path], role, layers.get(path)))
         lines = _table(rows)
         return "\n".join([*lines, *(f"Open: {sentence}" for sentence in self.open)])
-
-
-def leaf_path(path: KeyPath) -> str:
-    """A leaf's path, without the ``.value`` that boxes and ``nnx.State`` append."""
-    path = path[:-1] if path and path[-1] == GetAttrKey("value") else path
-    return jax.tree_util.keystr(path) or "(the whole tree)"
 
 
 _HEAD = ("path", "shape", "role", "inputs", "units", "stack", "calls", "bias", "notes")

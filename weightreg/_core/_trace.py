@@ -13,9 +13,10 @@ from jax.extend.core import ClosedJaxpr
 from jax.interpreters import partial_eval
 from optax.contrib import MuonDimensionNumbers
 
+from weightreg._core._arguments import leaf_path
 from weightreg._core._follow import Follower
 from weightreg._core._graph import Link
-from weightreg._core._network import Network, WeightLayer, leaf_path
+from weightreg._core._network import Network, WeightLayer
 from weightreg._core._roles import Chains, Leaf, Roles
 from weightreg._core._values import Value
 from weightreg._core._views import View
@@ -24,7 +25,11 @@ Stack = int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
 
 
 def trace_network(
-    fn: Callable[..., Any], params: Any, *inputs: Any, stack: Stack = None, **static: Any
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    stack: Stack = None,
+    **static: Any,
 ) -> Network:
     """DOC"""
     leaves, structure = jax.tree.flatten(params)

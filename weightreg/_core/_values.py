@@ -121,7 +121,9 @@ def constant(x: Any) -> Value:
     """A constant, of which the number is known that it repeats."""
     shape = np.shape(x)
     dtype = getattr(x, "dtype", np.result_type(type(x)))
-    real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+    real = any(
+        jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)
+    )
     if not 0 < math.prod(shape) <= _MOST or not real:
         return Value(shape)
     numbers = np.asarray(x)

@@ -4,6 +4,7 @@ Every method of this library asks here, and none looks at a leaf's name or rank 
 itself.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -18,11 +19,12 @@ from optax.contrib import MuonDimensionNumbers
 from weightreg._core._arguments import (
     KeyPath,
     is_function,
+    leaf_path,
     match,
     refuse_step_count,
     show_path,
 )
-from weightreg._core._network import WeightLayer
+from weightreg._core._network import Network, WeightLayer
 from weightreg._core._packed_weight import PackedWeight
 
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
@@ -52,9 +54,10 @@ def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
         ``None`` and ``optax.MaskedNode`` are holes in it.
       mask: Takes the place of this rule. It is a tree of booleans, or a prefix of one,
         or a function of the parameters that makes one.
-      dims: Takes the place of this rule as in Optax's Muon: a leaf with
-        ``optax.contrib.MuonDimensionNumbers`` is a weight, and a leaf with ``None`` is
-        not. It is a tree of both, or a function of the parameters that makes one.
+      dims: Takes the place of this rule: the `Network` that `trace_network` has read,
+        or, as in Optax's Muon, a tree in which a leaf with
+        ``optax.contrib.MuonDimensionNumbers`` is a weight and a leaf with ``None`` is
+        not, or a function of the parameters that makes one.
 
     Returns:
       A tree of booleans with the structure of ``params``, fit for the ``mask`` of
@@ -111,6 +114,8 @@ def left_out(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, 
     for (path, leaf), flag in zip(leaves, flags, strict=True):
         if not flag and mask is not None:
             reasons[show_path(path)] = "mask is false"
+        elif not flag and isinstance(dims, Network):
+            reasons[show_path(path)] = f"traced as {_role(dims, path)}"
         elif not flag and dims is not None:
             reasons[show_path(path)] = "dims is None"
         elif not flag:
@@ -141,15 +146,25 @@ def weight_layers(
     number layers: ``Dense_2`` before ``Dense_10``. No tree says in which order a
     network calls its layers. Where that matters, methods take it as an argument.
 
+    A traced network (`trace_network`) knows all this, for any architecture:
+
+        >>> import weightreg as wr
+        >>> params = {"out": jnp.ones((3, 2)), "in": jnp.ones((4, 3))}
+        >>> fn = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]
+        >>> net = wr.trace_network(fn, params, jnp.ones((1, 4)))
+        >>> [layer.path for layer in wr.weight_layers(params, dims=net)]
+        ["['in']", "['out']"]
+
     Args:
       params: Any tree of parameters.
       mask: Which leaves count, as booleans or a function: see `weight_mask`.
-      dims: What the axes of the weights mean: a tree of
-        ``optax.contrib.MuonDimensionNumbers``, with ``None`` for leaves that are no
-        weights, or a function of the parameters that makes one.
+      dims: What the axes of the weights mean: the `Network` that `trace_network` has
+        read, or a tree of ``optax.contrib.MuonDimensionNumbers``, with ``None`` for
+        leaves that are no weights, or a function of the parameters that makes one.
 
     Returns:
-      One `WeightLayer` for every weight.
+      One `WeightLayer` for every weight, with a `Network` in the order of their first
+      calls.
 
     Raises:
       ValueError: ``mask`` or ``dims`` does not match the parameters; a leaf that
@@ -165,6 +180,8 @@ def weight_layers(
       >>> layer.fan_in, layer.fan_out, layer.window
       (72, 144, 9)
     """
+    if isinstance(dims, Network):
+        return _traced_layers(params, mask, dims)
     dims_of = dims_leaves(params, dims)
     paths = jax.tree_util.tree_leaves_with_path(params)
     flags = mask_leaves(params, mask, dims)
@@ -177,6 +194,60 @@ def weight_layers(
     ]
     order = _natural_order([path for path, _ in paths])
     return tuple(layer for _, layer in sorted(layers, key=lambda pl: order(pl[0])))
+
+
+def _traced_layers(params: Any, mask: Mask, net: Network) -> tuple[WeightLayer, ...]:
+    """The weights of a traced network, in the order of their first calls."""
+    flags = mask_leaves(params, mask, net)
+    found = _layers_of(net, params)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for (path, _), flag, layer in zip(paths, flags, found, strict=True):
+        if flag and layer is None:
+            raise ValueError(
+                f"mask calls {show_path(path)} a weight, but dims is a traced network "
+                f"in which it is {_role(net, path)!r}, so that its axes have no meaning: "
+                "leave it out with mask=, or say what they mean with a tree of "
+                "optax.contrib.MuonDimensionNumbers for dims="
+            )
+    order = {layer.path: k for k, layer in enumerate(net.layers)}
+    layers = [x for x, flag in zip(found, flags, strict=True) if x is not None and flag]
+    return tuple(sorted(layers, key=lambda layer: order[layer.path]))
+
+
+def _layers_of(net: Network, params: Any) -> list[WeightLayer | None]:
+    """The layer that each leaf of some parameters is, or ``None`` for the others.
+
+    Raises:
+      ValueError: There is an array that was not traced, or not in this shape.
+    """
+    known = {layer.path: layer for layer in net.layers}
+    found = []
+    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        name = leaf_path(path)
+        if hasattr(leaf, "dtype"):
+            _check_traced(net, name, jnp.shape(leaf))
+        layer = known.get(name)
+        found.append(layer and dataclasses.replace(layer, index=index))
+    return found
+
+
+def _check_traced(net: Network, name: str, shape: tuple[int, ...]) -> None:
+    """Refuses a leaf that is none of a traced network's."""
+    if name not in net.shapes:
+        raise ValueError(
+            f"dims is a traced network without a parameter {name}: expected one traced "
+            f"with these parameters. It has: {', '.join(net.shapes) or 'none'}."
+        )
+    if shape != net.shapes[name]:
+        raise ValueError(
+            f"dims is a traced network whose {name} has shape {net.shapes[name]}, but "
+            f"here it has shape {shape}: trace it with these parameters."
+        )
+
+
+def _role(net: Network, path: KeyPath) -> str:
+    """The role of a leaf in a traced network."""
+    return net.roles.get(leaf_path(path), "no array")
 
 
 def layers_for(
@@ -198,7 +269,9 @@ def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if mask is None and dims is None:
         return [_why_not(path, leaf) is None for path, leaf in leaves]
-    if mask is None:
+    if mask is None and isinstance(dims, Network):
+        flags = [layer is not None for layer in _layers_of(dims, params)]
+    elif mask is None:
         flags = [d is not None for d in dims_leaves(params, dims)]
     else:
         flags = match("mask", mask(params) if is_function(mask) else mask, params)
@@ -233,6 +306,8 @@ def dims_leaves(params: Any, dims: Dims) -> list[MuonDimensionNumbers | None]:
 
 def stack_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
     """The axes of each leaf that stack layers, which ``dims`` leaves unnamed."""
+    if isinstance(dims, Network):
+        return [layer.stack_axes if layer else () for layer in _layers_of(dims, params)]
     leaves = jax.tree_util.tree_leaves_with_path(params)
     stacked = []
     for (path, leaf), entry in zip(leaves, dims_leaves(params, dims), strict=True):

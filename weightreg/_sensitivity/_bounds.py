@@ -1,6 +1,7 @@
 """What the weights of a network bound its sensitivity to its input by."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from weightreg._core._chain import LayerOrder, chain_norms, chain_of, stack_of
+from weightreg._core._network import Network
 from weightreg._core._norms import (
     FROBENIUS,
     Axes,
@@ -63,13 +65,16 @@ def input_gradient_bound(
         objects, or paths of weights (``"Dense_0/kernel"``) or of their modules
         (``"Dense_0"``). Only which is the last one matters. ``None`` means all weights
         in the order of `weight_layers`, which goes by names: ``down`` comes before
-        ``up``. Then nothing but weights and their biases may be there.
+        ``up``. Then nothing but weights and their biases may be there. A `Network` that
+        `trace_network` has read stands for all its layers. With it, here or for
+        ``dims``, what lies between the layers is checked, and layers count as often as
+        they are called.
       norm: ``"frobenius"``, or ``"spectral"``, which is never larger but takes a
         singular value decomposition of every layer's kernel matrix.
       mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one. Where a weight has several input
-        axes, all but the last are taken for a window.
+        axes, all but the last are taken for a window, unless the network was traced.
 
     Returns:
       The bounds, ``(outputs,)``, or of the shape of the last layer's output axes if
@@ -81,7 +86,8 @@ def input_gradient_bound(
         match the parameters; a name in ``layers`` stands for no weight or for several,
         or twice for one; stack axes are not the leading ones; a bias does not have its
         layer's units; or ``layers`` is ``None`` and a floating leaf is neither a weight
-        nor a ``bias`` beside one, or layers do not fit together in their order.
+        nor a ``bias`` beside one, or layers do not fit together in their order; or a
+        traced network is no chain of its layers and functions that enlarge no distance.
       TypeError: ``layers`` is of another type.
 
     References:
@@ -103,9 +109,13 @@ def input_gradient_bound(
     chain = chain_of(params, layers, mask, dims, ordered=True)
     if not chain.layers:
         raise ValueError("params must have one weight at least, but has none.")
+    if chain.net is not None:
+        _check_bounded("input_gradient_bound", chain.net, chain.layers)
     norms = chain_norms(params, chain.layers, parse_norm("norm", norm))
     windows = np.concatenate([_window_roots(layer) for layer in chain.layers])
-    return _bound(norms, windows, _unit_norms(params, chain.layers[-1]))
+    calls = _calls(chain.layers)
+    units = _unit_norms(params, chain.layers[-1])
+    return _bound(_picked(norms, calls), windows[calls], units)
 
 
 class GbrBounds(NamedTuple):
@@ -138,14 +148,16 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
       params: Any tree of parameters.
       mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
-        not name stack layers, which count one by one.
+        not name stack layers, which count one by one. Of a traced network layers count
+        as often as they are called, and what lies between them is checked.
 
     Returns:
       Two scalars that can be differentiated, in float32 at least. They are minus
       infinity where a layer (for the second, every one) is zero, and 0 without layers.
 
     Raises:
-      ValueError: ``mask`` or ``dims`` does not match the parameters.
+      ValueError: ``mask`` or ``dims`` does not match the parameters; or a traced network
+        is no chain of dense layers and functions that enlarge no distance.
       TypeError: ``mask`` holds something other than booleans, or is true for a leaf
         that is no floating-point array.
 
@@ -163,9 +175,56 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
       1156.0
     """
     layers = layers_for("gbr_bounds", params, mask, dims)
+    if isinstance(dims, Network):
+        _check_bounded("gbr_bounds", dims, layers)
+        _check_dense(layers)
     if not layers:
         return GbrBounds(jnp.zeros([]), jnp.zeros([]))
-    return _gbr_bounds(chain_norms(params, layers, FROBENIUS))
+    norms = chain_norms(params, layers, FROBENIUS)
+    return _gbr_bounds(_picked(norms, _calls(layers)))
+
+
+def _check_bounded(caller: str, net: Network, layers: Sequence[WeightLayer]) -> None:
+    """Refuses a traced network that the norms of its layers do not bound."""
+    left_out = {layer.path for layer in net.layers} - {layer.path for layer in layers}
+    reason = net.unbounded
+    if not reason and left_out:
+        reason = f"mask or layers leave out {', '.join(sorted(left_out))}"
+    if not reason and layers and layers[-1].path != net.layers[-1].path:
+        reason = f"the last layer is {net.layers[-1].path}, not {layers[-1].path}"
+    if reason:
+        raise ValueError(
+            f"{caller} does not hold for the traced network: {reason}. (dims=net.dims "
+            "gives the formula's value all the same, without a check of what it means.)"
+        )
+
+
+def _check_dense(layers: Sequence[WeightLayer]) -> None:
+    """Refuses convolutions, whose operator has a larger norm than their kernel."""
+    for layer in layers:
+        if layer.window > 1:
+            raise ValueError(
+                f"gbr_bounds holds for dense layers, but {layer.path} is a convolution "
+                f"with a window of {layer.window}, whose norm may exceed its kernel's."
+            )
+
+
+def _calls(layers: Sequence[WeightLayer]) -> np.ndarray:
+    """The positions of layers among all stacked ones, as often as each is called."""
+    positions, first = [], 0
+    for layer in layers:
+        count = math.prod(stack_of(layer))
+        own = np.arange(first, first + count)
+        positions.append(np.tile(own, layer.calls or 1))
+        first += count
+    return np.concatenate(positions)
+
+
+def _picked(norms: Scaled, positions: np.ndarray) -> Scaled:
+    """The norms at some positions, which are all of them once for most networks."""
+    if len(positions) == norms.fraction.size:
+        return norms
+    return Scaled(norms.fraction[positions], norms.exponent[positions])
 
 
 @jax.jit
@@ -198,9 +257,7 @@ def _gbr_bounds(norms: Scaled) -> GbrBounds:
 
 def _window_roots(layer: WeightLayer) -> np.ndarray:
     """The root of the window's size, for every layer of a stack."""
-    # With dims, two input axes may be attention's or a window, which is safe to assume.
-    window = math.prod(layer.shape[a] for a in layer.input_axes[:-1])
-    return np.full(math.prod(stack_of(layer)), math.sqrt(window))
+    return np.full(math.prod(stack_of(layer)), math.sqrt(layer.reach))
 
 
 def _unit_norms(params: Any, layer: WeightLayer) -> Scaled:

@@ -87,20 +87,25 @@ class LipschitzVolume(VolumeRule):
 
     def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
         """One volume for each layer, for which it matters how many there are."""
-        # With dims, two reduction axes may be attention's or hold a window. The bound
-        # is safe if they are taken to hold one.
-        windows = [
-            max(math.prod(x.shape[a] for a in x.input_axes[:-1]), 1) for x in layers
-        ]
-        stacked = [math.prod(x.shape[a] for a in x.stack_axes) for x in layers]
-        depth = max(sum(stacked), 1)
+        depth = max(sum(_calls(layer) for layer in layers), 1)
 
-        def volume(layer: WeightLayer, window: int) -> Number:
+        def volume(layer: WeightLayer) -> Number:
             sides = max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
-            scale = 1 / (sides * math.sqrt(window))
+            scale = 1 / (sides * math.sqrt(layer.reach))
             return _lift(lambda c: c ** (1 / depth) * scale, self.bound)
 
-        return list(map(volume, layers, windows))
+        return list(map(volume, layers))
+
+
+def _calls(layer: WeightLayer) -> int:
+    """How often a path through the network goes through a layer, or through a stack."""
+    if layer.calls is None:
+        raise ValueError(
+            f"lipschitz_volume needs to know how often {layer.path} is called, which "
+            "the traced network does not tell: it is called in a while loop. Give it a "
+            "volume of its own, as in a tree of volumes."
+        )
+    return layer.calls * math.prod(layer.shape[a] for a in layer.stack_axes)
 
 
 _FANS: dict[str, Callable[[WeightLayer], float]] = {
@@ -177,7 +182,8 @@ def lipschitz_volume(
 
     Args:
       bound: Lipschitz constant ``c`` of the whole network, greater than or equal to
-        0: a number, a traced array or a schedule. Stacked layers count one by one.
+        0: a number, a traced array or a schedule. Stacked layers count one by one, and
+        those of a traced network as often as they are called.
       mask: Which leaves count, if not what `volumize` is told: see `weight_mask`.
       dims: What their axes mean, if not what `volumize` is told: see `weight_layers`.
 
@@ -186,7 +192,8 @@ def lipschitz_volume(
       weight.
 
     Raises:
-      ValueError: ``bound`` is negative or NaN.
+      ValueError: ``bound`` is negative or NaN; or, where the rule is applied, a traced
+        network calls a layer an unknown number of times.
       TypeError: ``bound`` is no number, array or schedule.
 
     References:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
 from weightreg._core._arguments import (
@@ -24,7 +25,7 @@ from weightreg._core._arguments import (
     is_real,
     replaced,
 )
-from weightreg._core._mesh import placed
+from weightreg._core._mesh import gathered, placed
 from weightreg._core._weights import (
     Dims,
     Mask,
@@ -59,7 +60,9 @@ def parseval(
     A kernel is taken for the matrix of all its input axes, window included, by all its
     output axes. For a convolution it is this matrix that becomes orthonormal. The norm
     of the convolution itself may be larger, by the root of the number of window
-    positions that one input reaches.
+    positions that one input reaches. Of a grouped convolution in a traced network
+    (`trace_network`) each group has a matrix of its own, and a depthwise one is made
+    orthonormal filter by filter.
 
     .. warning::
       It must be the last link of a chain, since updates that a later link changes do
@@ -114,7 +117,7 @@ def parseval(
         layers = _layers(params, mask, dims)
         now = at("beta", beta, state.count)
         stepped = {
-            i: _step(w, u, now, *_gram_axes(layers[i]))
+            i: _step(w, u, now, *_gram_axes(layers[i]), *_groups(layers[i]))
             for i, w, u in each_with_update(params, updates, layers)
         }
         return replaced(updates, stepped, params), state.next()
@@ -189,13 +192,19 @@ def initial_logits(initial: Any, dtype: DTypeLike) -> jax.Array:
     return jnp.asarray(jnp.stack([half, 0 - half]), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))  # Equal shapes share a trace.
-def _step(p, u, beta, kept: tuple[int, ...], stacked: tuple[int, ...]):
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))  # Equal shapes share a trace.
+def _step(
+    p, u, beta, kept: tuple[int, ...], stacked: tuple[int, ...], axis: int, groups: int
+):
     """The update with which one weight makes the step."""
     dtype = compute_dtype(p.dtype, u.dtype)
     wide = u.astype(dtype)
     w = p.astype(dtype) + wide
-    excess = w - _cubed(w, kept, stacked)
+    if groups == 1:
+        cube = _cubed(w, kept, stacked)
+    else:
+        cube = _cubed_by_group(w, stacked, axis, groups)
+    excess = w - cube
     beta = jnp.asarray(beta, dtype)
     # A beta of 0 leaves updates as they are, even where 0 times infinity would be NaN.
     excess = jnp.where((beta == 0) & ~jnp.isfinite(excess), 0, excess)
@@ -215,6 +224,28 @@ def _cubed(w: jax.Array, kept: tuple[int, ...], stacked: tuple[int, ...]) -> jax
     einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     gram = einsum(w, axes, w, copy, pairs, out_sharding=whole)
     return einsum(gram, pairs, w, copy, axes, out_sharding=split)
+
+
+def _cubed_by_group(
+    w: jax.Array, stacked: tuple[int, ...], axis: int, groups: int
+) -> jax.Array:
+    """``W W^T W`` of each group of units of a convolution, which ``axis`` numbers."""
+    others = tuple(a for a in range(w.ndim) if a not in (axis, *stacked))
+    whole = gathered(w, [a for a in range(w.ndim) if a != axis])
+    split = whole.reshape(*w.shape[:axis], groups, -1, *w.shape[axis + 1 :])
+    after = lambda axes: tuple(a + (a > axis) for a in axes)  # noqa: E731
+    size = math.prod(w.shape[a] for a in others)
+    kept = (axis + 1,) if split.shape[axis + 1] <= size else after(others)
+    cube = _cubed(split, kept, (*after(stacked), axis)).reshape(w.shape)
+    spec = placed(w, range(w.ndim), None)
+    if spec is None:
+        return cube
+    return jax.sharding.reshard(cube, NamedSharding(jax.typeof(w).sharding.mesh, spec))
+
+
+def _groups(layer: WeightLayer) -> tuple[int, int]:
+    """The axis of a grouped convolution's units, and how many groups there are."""
+    return layer.output_axes[-1] if layer.groups > 1 else 0, layer.groups
 
 
 def _gram_axes(layer: WeightLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:

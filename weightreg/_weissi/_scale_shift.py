@@ -1,6 +1,7 @@
 """Equivalent networks: scale that is shifted between layers."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -55,7 +56,9 @@ def shift_scales(
         stretch of the chain without gaps. All leaves but their weights and the ``bias``
         beside each stay as they are. ``None`` means all weights in the order of
         `weight_layers`, which goes by names (``Dense_2`` before ``Dense_10``, but also
-        ``hidden`` before ``input``). Other floating leaves are then an error.
+        ``hidden`` before ``input``). Other floating leaves are then an error. A
+        `Network` that `trace_network` has read stands for all its layers, in order.
+        With it, here or for ``dims``, what lies between the layers is checked.
       mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one, and must be the leading ones.
@@ -72,7 +75,9 @@ def shift_scales(
         weight, or a layer is there twice; axes that stack layers are not the leading
         ones; a bias does not have its layer's units; ``layers`` is ``None``, and there
         are other floating leaves, or there are biases and the layers do not fit
-        together in that order; or ``mask`` or ``dims`` does not match the parameters.
+        together in that order; the traced network is no chain, is not positively
+        homogeneous between layers, or calls one several times; or ``mask`` or ``dims``
+        does not match the parameters.
       TypeError: ``factors`` or ``layers`` is of another type.
 
     References:
@@ -97,6 +102,7 @@ def shift_scales(
               [0.25]], dtype=float32)}
     """
     chain = chain_of(params, layers, mask, dims)
+    _check_scalable("shift_scales", chain)
     entries = _entries(factors, chain.layers)
     if not entries:
         return params
@@ -123,7 +129,9 @@ def balance_scales(
       layers: The layers to balance in the order in which the network calls them, each a
         `WeightLayer`, the path of a weight or that of its module (``"Dense_0"``). All
         leaves but their weights and the ``bias`` beside each stay as they are. ``None``
-        means all weights in the order of `weight_layers`.
+        means all weights in the order of `weight_layers`. A `Network` that
+        `trace_network` has read stands for all its layers, in order. With it, here or
+        for ``dims``, what lies between the layers is checked.
       mask: Which leaves count, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
         not name stack layers, which count one by one, and must be the leading ones.
@@ -136,7 +144,9 @@ def balance_scales(
         there twice; axes that stack layers are not the leading ones; a bias does not
         have its layer's units; ``layers`` is ``None``, and there are other floating
         leaves, or there are biases and the layers do not fit together in the order of
-        their names; or ``mask`` or ``dims`` does not match the parameters.
+        their names; the traced network is no chain, is not positively homogeneous
+        between layers, or calls one several times; or ``mask`` or ``dims`` does not
+        match the parameters.
       TypeError: ``layers`` is of another type.
 
     References:
@@ -150,6 +160,7 @@ def balance_scales(
       {'a': Array([[4.]], dtype=float32), 'b': Array([[4.]], dtype=float32)}
     """
     chain = chain_of(params, layers, mask, dims)
+    _check_scalable("balance_scales", chain)
     if not chain.layers:
         return params
     factors = _balancing_factors(chain_norms(params, chain.layers, FROBENIUS))
@@ -200,6 +211,40 @@ def minimum_weight_decay(
     if not layers:
         return jnp.zeros([], jnp.float32)
     return _minimum(chain_norms(params, layers, FROBENIUS))
+
+
+def _check_scalable(caller: str, chain: Chain) -> None:
+    """Refuses layers of a traced network between which no scale can be shifted."""
+    if chain.net is None:
+        return
+    links = chain.net.links
+    for layer in chain.layers:
+        if layer.calls != 1:
+            calls = "an unknown number of" if layer.calls is None else layer.calls
+            reason = f"it is called {calls} times, and each call would be rescaled"
+        elif layer.combined:
+            made = ", ".join(layer.combined)
+            reason = f"the weight is made from it and others ({made})"
+        elif math.prod(stack_of(layer)) > 1:
+            same = links.get((layer.path, layer.path))
+            reason = "its stacked layers are not called one on another's results"
+            reason = reason if same is None else same
+        else:
+            reason = ""
+        if reason:
+            raise ValueError(f"{caller} cannot rescale {layer.path}: {reason}.")
+    for layer, following in itertools.pairwise(chain.layers):
+        reason = links.get(
+            (layer.path, following.path),
+            "the second is not called on the results of the first alone, or the first "
+            "feeds others",
+        )
+        if reason:
+            raise ValueError(
+                f"{caller} cannot shift scale between {layer.path} and "
+                f"{following.path}: {reason}. Name a stretch of layers that is a chain "
+                "in layers=."
+            )
 
 
 @jax.jit
