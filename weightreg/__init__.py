@@ -1,9 +1,8 @@
 """Weight regularization for JAX that goes past weight decay."""
 
-from weightreg._core._packed_weight import PackedWeight as PackedWeight
 from weightreg._core._network import Network as Network
 from weightreg._core._network import WeightLayer as WeightLayer
-from weightreg._core._trace import trace_network as trace_network
+from weightreg._core._packed_weight import PackedWeight as PackedWeight
 from weightreg._core._weights import left_out as left_out
 from weightreg._core._weights import weight_layers as weight_layers
 from weightreg._core._weights import weight_mask as weight_mask
@@ -35,6 +34,7 @@ from weightreg._sensitivity._jacobian import (
 from weightreg._sensitivity._jacobian import jacobian_norms as jacobian_norms
 from weightreg._sensitivity._jacobian import label_probability as label_probability
 from weightreg._sensitivity._jacobian import probabilities as probabilities
+from weightreg._tracing._trace import trace_network as trace_network
 from weightreg._volumization._optimizers import laprop as laprop
 from weightreg._volumization._optimizers import scale_by_laprop as scale_by_laprop
 from weightreg._volumization._optimizers import volumized_adam as volumized_adam

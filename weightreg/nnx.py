@@ -9,12 +9,68 @@ from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
+from weightreg._core._network import Network
 from weightreg._equivalent_norm._equivalent_norm import (
     NormMap,
     check_wrapped,
     equivalent_norm,
 )
+from weightreg._tracing import _trace
 from weightreg._weissi._parseval import convex_sum, initial_logits
+
+
+def trace_network(
+    model: nnx.Module, *inputs: Any, stack: _trace.Stack = None, **static: Any
+) -> Network:
+    """Reads what a module of nnx does with its parameters, in the mode that it is in.
+
+    It is `weightreg.trace_network` for ``nnx.state(model, nnx.Param)``, which is what
+    optimizers train. All other state is an input, such as batch statistics and keys for
+    dropout. The module itself stays as it is.
+
+    Args:
+      model: A layer or a whole network. ``model.train()`` and ``model.eval()`` say how
+        it is called.
+      *inputs: What it is called on: trees of arrays or ``jax.ShapeDtypeStruct``.
+      stack: Axes that stack layers by your word: see `weightreg.trace_network`.
+      **static: Keyword arguments of the call, passed as they are.
+
+    Returns:
+      A `weightreg.Network` whose paths are those of ``nnx.state(model, nnx.Param)``.
+
+    Raises:
+      TypeError: ``model`` is no module, or ``stack`` of another type.
+      ValueError: There is no array among ``inputs``, or ``stack`` does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg.nnx
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> layers = nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+      >>> model = nnx.Sequential(*layers)
+      >>> net = weightreg.nnx.trace_network(model, jnp.ones((2, 4)))
+      >>> for path, role in net.roles.items():
+      ...     print(path, role)
+      ['layers'][0]['bias'] bias
+      ['layers'][0]['kernel'] weight
+      ['layers'][1]['bias'] bias
+      ['layers'][1]['scale'] scale
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a module of nnx, not {model!r}.")
+    # Counts of random numbers are no data: noise depends on nothing but keys.
+    graph, params, counts, rest = nnx.split(model, nnx.Param, nnx.RngCount, ...)
+
+    def call(params: Any, rest: Any, *inputs: Any, **static: Any) -> Any:
+        return nnx.merge(graph, params, counts, rest, copy=True)(*inputs, **static)
+
+    if not any(map(_trace.is_array, jax.tree.leaves(inputs))):
+        raise ValueError(
+            "inputs must hold an array or a jax.ShapeDtypeStruct at least: what the "
+            "module is called on."
+        )
+    return _trace.trace_network(call, params, rest, *inputs, stack=stack, **static)
 
 
 class ConvexSum(nnx.Module):

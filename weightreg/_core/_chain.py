@@ -15,8 +15,8 @@ from jax import lax
 from jax.tree_util import GetAttrKey
 
 from weightreg._core._arguments import KeyPath, compute_dtype, leaf_path, show_path
-from weightreg._core._norms import Axes, Norm, Scaled, concatenate, norm_of
 from weightreg._core._network import Network
+from weightreg._core._norms import Axes, Norm, Scaled, concatenate, norm_of
 from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
 
 LayerOrder: TypeAlias = Sequence[WeightLayer | str] | Network | None

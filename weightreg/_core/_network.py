@@ -117,7 +117,7 @@ class Network:
 
     def __str__(self) -> str:
         layers = {layer.path: layer for layer in self.layers}
-        rows = [_HEAD]
+        rows: list[tuple[str, ...]] = [_HEAD]
         for path, role in self.roles.items():
             rows.append(_row(path, self.shapes[path], role, layers.get(path)))
         lines = _table(rows)
@@ -156,7 +156,7 @@ def _notes(layer: WeightLayer) -> str:
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Rows as lines with aligned columns, of which those without entries are left out."""
+    """Rows as lines with aligned columns. Those without entries are left out."""
     columns = [c for c in zip(*rows, strict=True) if any(c[1:]) or c[0] == "path"]
     widths = [max(map(len, column)) for column in columns]
     lines = []

@@ -205,9 +205,9 @@ def _traced_layers(params: Any, mask: Mask, net: Network) -> tuple[WeightLayer, 
         if flag and layer is None:
             raise ValueError(
                 f"mask calls {show_path(path)} a weight, but dims is a traced network "
-                f"in which it is {_role(net, path)!r}, so that its axes have no meaning: "
+                f"in which it is {_role(net, path)!r}, and its axes have no meaning: "
                 "leave it out with mask=, or say what they mean with a tree of "
-                "optax.contrib.MuonDimensionNumbers for dims="
+                "optax.contrib.MuonDimensionNumbers for dims=."
             )
     order = {layer.path: k for k, layer in enumerate(net.layers)}
     layers = [x for x, flag in zip(found, flags, strict=True) if x is not None and flag]

@@ -156,8 +156,8 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
       infinity where a layer (for the second, every one) is zero, and 0 without layers.
 
     Raises:
-      ValueError: ``mask`` or ``dims`` does not match the parameters; or a traced network
-        is no chain of dense layers and functions that enlarge no distance.
+      ValueError: ``mask`` or ``dims`` does not match the parameters; or a traced
+        network is no chain of dense layers and functions that enlarge no distance.
       TypeError: ``mask`` holds something other than booleans, or is true for a leaf
         that is no floating-point array.
 

@@ -103,6 +103,7 @@ class View:
 
     def broadcast(self, shape: Shape, dimensions: Sequence[int]) -> "View":
         """The view after its axes became some of a larger shape's."""
+        new: list[tuple[tuple[Part, ...], tuple[int, int]]]
         new = [((), (0, size)) for size in shape]
         for axis, k in enumerate(dimensions):
             if self.span[axis][1] != 1 or shape[k] == 1:

@@ -14,12 +14,12 @@ from jax.interpreters import partial_eval
 from optax.contrib import MuonDimensionNumbers
 
 from weightreg._core._arguments import leaf_path
-from weightreg._core._follow import Follower
-from weightreg._core._graph import Link
 from weightreg._core._network import Network, WeightLayer
-from weightreg._core._roles import Chains, Leaf, Roles
-from weightreg._core._values import Value
-from weightreg._core._views import View
+from weightreg._tracing._follow import Follower
+from weightreg._tracing._graph import Link
+from weightreg._tracing._roles import Chains, Leaf, Roles
+from weightreg._tracing._values import Value
+from weightreg._tracing._views import View
 
 Stack = int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
 
@@ -31,11 +31,73 @@ def trace_network(
     stack: Stack = None,
     **static: Any,
 ) -> Network:
-    """DOC"""
+    r"""Reads what a network does with each of its parameters, from what it computes.
+
+    Methods ask which arrays are weights, which of their axes a unit sums over, which
+    number units and which stack layers. Names and ranks do not tell: an attention
+    kernel ``(512, 8, 64)`` may be a convolution's. Here the call ``fn(params,
+    *inputs)`` is traced to a jaxpr, code without effect is removed, and every leaf is
+    followed through casts, transposes, reshapes, slices, joins, loops, branches and
+    what else moves it, to what consumes it:
+
+    - A leaf that is contracted with data is a **weight**. The axes that are summed over
+      are its inputs, those that stay are its units, and those that the data have, too
+      (``vmap``, experts), or that a loop goes through (``scan`` over depth), stack
+      layers. A convolution's window belongs to the inputs and comes first.
+    - What is added to data is a **bias**, what multiplies them a **scale**, and what is
+      looked up in by them an **embedding**, or **embedding, weight** if it is tied.
+    - What is first combined with other parameters is what it becomes, and
+      `WeightLayer.combined` says so: weight normalization, ``W + A B``.
+    - Everything else is ``"other (...)"``, with the primitive that it comes to, and
+      what makes no difference to the results is ``"unused"``.
+
+    A layer is called again only where its own result feeds the next call, as in a
+    recurrence. To be mapped over data, or over slices of one kernel whose results are
+    summed, is one call.
+
+    Some things no computation tells: members of an ensemble that share an input are
+    also one layer with more units. `Network.open` names these, and ``stack`` decides.
+
+    Args:
+      fn: The network, a function of parameters and inputs. What it returns may be any
+        tree of arrays.
+      params: Any tree of parameters, of which the arrays, or ``jax.ShapeDtypeStruct``,
+        are traced. Leaves that are no arrays (functions, flags) are passed as they are.
+      *inputs: Trees of arrays, ``jax.ShapeDtypeStruct`` or keys, of which only shapes
+        and dtypes matter: data, states of other collections, keys for dropout. All else
+        in them is passed as it is.
+      stack: Axes that stack layers by your word: an axis or several of all parameters,
+        or a mapping from paths (``"['ensemble']['kernel']"``, ``"ensemble/kernel"``) or
+        modules (``"ensemble"``) to these.
+      **static: Keyword arguments of ``fn``, passed as they are.
+
+    Returns:
+      A `Network`. ``print`` it for a table, and pass it for ``dims`` to any method.
+
+    Raises:
+      ValueError: There is no array among ``inputs``; ``stack`` names what is not there,
+        an axis that a leaf does not have, or all inputs of a weight.
+      TypeError: ``stack`` is of another type.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> params = {"in": jnp.ones((8, 2, 4)), "shift": jnp.ones((2, 4))}
+      >>> fn = lambda p, x: jnp.einsum("bi,iho->bho", x, p["in"]) + p["shift"]
+      >>> net = wr.trace_network(fn, params, jax.ShapeDtypeStruct((1, 8), jnp.float32))
+      >>> print(net)
+      path       shape  role    inputs  units  calls  bias
+      ---------  -----  ------  ------  -----  -----  ---------
+      ['in']     8x2x4  weight  0       1, 2   1      ['shift']
+      ['shift']  2x4    bias
+      >>> net.layers[0].fan_in
+      8
+    """
     leaves, structure = jax.tree.flatten(params)
     data, data_structure = jax.tree.flatten(inputs)
-    traced = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-    given = [i for i, leaf in enumerate(data) if _is_array(leaf)]
+    traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    given = [i for i, leaf in enumerate(data) if is_array(leaf)]
     if not given:
         raise ValueError(
             "inputs must hold an array, a jax.ShapeDtypeStruct or a key at least, for "
@@ -182,7 +244,8 @@ def _check_stacks(stack: Stack, layers: Sequence[WeightLayer]) -> None:
             )
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced, and not passed as it is."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 

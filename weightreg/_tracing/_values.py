@@ -1,17 +1,23 @@
 """Values of a computation, and the uses that a network makes of its parameters."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from weightreg._core._graph import Graph, Link
-from weightreg._core._links import through
-from weightreg._core._views import Shape, View
+from weightreg._tracing._graph import SAME, Graph, Link
+from weightreg._tracing._links import through
+from weightreg._tracing._views import Shape, View
 
+# What a sum or a product makes of a leaf.
+KINDS = {
+    **dict.fromkeys(("add", "sub", "add_any"), "bias"),
+    **dict.fromkeys(("mul", "div"), "scale"),
+}
 # Constants of more elements are not looked at.
 _MOST = 100_000
 
@@ -85,7 +91,7 @@ class Value:
 
     shape: Shape
     node: int | None = None
-    link: Link = Link()
+    link: Link = SAME
     views: tuple[View, ...] = ()
     uses: tuple[Use, ...] = ()
     labels: tuple[tuple[Use, View], ...] = ()
@@ -115,6 +121,11 @@ class Value:
     def but(self, **changes: Any) -> "Value":
         """The value with changes."""
         return dataclasses.replace(self, **changes)
+
+
+def shape_of(variable: Any) -> Shape:
+    """The shape of a variable of a jaxpr."""
+    return tuple(getattr(variable.aval, "shape", ()))
 
 
 def constant(x: Any) -> Value:
@@ -172,7 +183,7 @@ class Notes:
         """
         for use, view in value.labels:
             places = sorted(view.occupied())
-            gaps = [k for k, n in zip(places, places[1:], strict=False) if n != k + 1]
+            gaps = [k for k, n in itertools.pairwise(places) if n != k + 1]
             axes = tuple(a for a in view.at(gaps) if a in use.outputs)
             if axes:
                 self.shared.append((use, axes))
@@ -193,3 +204,22 @@ class Notes:
         return self.graph.add(
             "join", [(v.node, v.link.then(step)) for v in values if v.node is not None]
         )
+
+
+def other(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """A primitive that says nothing of what the axes of parameters mean."""
+    name = eqn.primitive.name
+    for value in values:
+        notes.end(value, name)
+    node, link = notes.combine(eqn, values)
+    made = dict.fromkeys(
+        (x.leaf, (*x.made, name)) for v in values for x in v.views if v.node is None
+    )
+    outs = []
+    for variable in eqn.outvars:
+        shape = shape_of(variable)
+        views = [View.unplaced(leaf, shape, own) for leaf, own in made]
+        outs.append(
+            Value(shape, node, link, views=() if node is not None else tuple(views))
+        )
+    return outs

@@ -36,6 +36,10 @@ class Link(NamedTuple):
         )
 
 
+SAME = Link()
+"""The link of a node to itself."""
+
+
 @dataclasses.dataclass
 class Node:
     """A value that others are computed from.
@@ -99,7 +103,7 @@ class Graph:
         """Ends a loop."""
         loop.stop = len(self.nodes)
 
-    def origins(self, number: int, link: Link = Link()) -> dict[int, Link]:
+    def origins(self, number: int, link: Link = SAME) -> dict[int, Link]:
         """The nodes of which either one or another is where a value comes from.
 
         They are the node itself, unless it is one of those that loops have.
@@ -174,10 +178,15 @@ class Graph:
             after = round_of(lasting)
             steps = [b - a for a, b in zip(carried, after, strict=True)]
             if steps == before or not any(steps):  # It goes on like this.
-                carried = [c + (left * s if s else 0) for c, s in zip(carried, steps)]
+                carried = [
+                    c + (left * s if s else 0)
+                    for c, s in zip(carried, steps, strict=True)
+                ]
                 break
             if loop.rounds - left > 2 * len(nodes) and math.isinf(left):
-                carried = [math.inf if s else c for c, s in zip(carried, steps)]
+                carried = [
+                    math.inf if s else c for c, s in zip(carried, steps, strict=True)
+                ]
                 break
             carried, before, left = after, steps, left - 1
         round_of(own)

@@ -4,10 +4,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from weightreg._core._graph import Graph, Link, worst
 from weightreg._core._network import WeightLayer
-from weightreg._core._values import Notes, Use
-from weightreg._core._views import Shape, overlap
+from weightreg._tracing._graph import Graph, Link, worst
+from weightreg._tracing._values import Notes, Use
+from weightreg._tracing._views import Shape, overlap
 
 
 @dataclasses.dataclass(frozen=True)

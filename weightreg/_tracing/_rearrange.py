@@ -5,23 +5,19 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from weightreg._core._graph import Link
-from weightreg._core._values import Notes, Value
-from weightreg._core._views import LostError, Shape, View
+from weightreg._tracing._graph import Link
+from weightreg._tracing._values import Notes, Value, shape_of
+from weightreg._tracing._views import LostError, Shape, View
 
 _Place = Callable[[View], View | None]
 
 # What leaves every number where it is. (A reversal, too, as far as axes are concerned.)
-SAME = frozenset(
-    "convert_element_type copy copy_p stop_gradient reduce_precision device_put name "
-    "sharding_constraint reshard mesh_cast layout_constraint pvary pcast rev "
-    "optimization_barrier".split()
-)
-
-
-def shape_of(variable: Any) -> Shape:
-    """The shape of a variable of a jaxpr."""
-    return tuple(getattr(variable.aval, "shape", ()))
+_NAMES = """
+convert_element_type copy copy_p stop_gradient reduce_precision device_put name
+sharding_constraint reshard mesh_cast layout_constraint pvary pcast rev
+optimization_barrier
+"""
+SAME = frozenset(_NAMES.split())
 
 
 def same(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from weightreg._core._graph import Link
+from weightreg._tracing._graph import Link
 
 # The largest slopes of functions of one number. Those of all others are taken to be
 # unbounded.
@@ -37,21 +37,18 @@ _DEGREES = {
 }
 
 
-def through(
-    eqn: Any, values: Sequence[Any], node: int, parameters: bool = False
-) -> Link:
+def through(eqn: Any, values: Sequence[Any], node: int) -> Link:
     """The link of what an equation computes from one node, constants and parameters.
 
     Args:
       eqn: The equation.
       values: Its operands, of which those with a node all have this one.
       node: The node.
-      parameters: Whether constants are not known because they are parameters.
     """
     name = eqn.primitive.name
     data = [v for v in values if v.node == node]
     rest = [v for v in values if v.node is None]
-    names = tuple(dict.fromkeys(n for v in data for n in v.link.primitives)) + (name,)
+    before = dict.fromkeys(n for v in data for n in v.link.primitives)
     degrees = [v.link.degree for v in data]
     slopes = [v.link.slope for v in data]
     rule = _RULES.get(name, _other)
@@ -59,7 +56,7 @@ def through(
     # Whatever is computed from directions alone is one of directions.
     if degree is None and degrees and all(d == 0 for d in degrees):
         degree = Fraction(0)
-    return Link(names, degree, slope)
+    return Link((*before, name), degree, slope)
 
 
 def _other(eqn, values, data, rest, degrees, slopes):
@@ -175,8 +172,7 @@ def _size(value: Any) -> float:
     return math.inf if value.known is None else abs(value.known)
 
 
-_Rule = Callable[..., tuple[Fraction | None, float]]
-_RULES: dict[str, _Rule] = {
+_RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("add", "sub", "add_any"), _sum),
     "mul": _product,
     "div": _quotient,

@@ -13,18 +13,23 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from weightreg._core import _meet, _rearrange
-from weightreg._core._graph import Link, Loop
-from weightreg._core._rearrange import shape_of
-from weightreg._core._values import Notes, Use, Value, constant
-from weightreg._core._views import View
+from weightreg._tracing import _contract, _elementwise, _lookup, _rearrange
+from weightreg._tracing._graph import Link, Loop
+from weightreg._tracing._values import Notes, Use, Value, constant, other, shape_of
+from weightreg._tracing._views import Part, View
 
-_RULES = {**_rearrange.RULES, **_meet.RULES}
+_RULES = {
+    **_rearrange.RULES,
+    **_elementwise.RULES,
+    **_contract.RULES,
+    **_lookup.RULES,
+}
 # Primitives that call a jaxpr on their operands.
-_CALLS = frozenset(
-    "jit pjit closed_call core_call custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr custom_vmap_call remat remat2 checkpoint".split()
-)
+_NAMES = """
+jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+custom_vmap_call remat remat2 checkpoint
+"""
+_CALLS = frozenset(_NAMES.split())
 # What is computed from a value: from nothing, from parameters, or from data.
 _NOTHING, _PARAMETERS, _DATA = range(3)
 
@@ -69,7 +74,7 @@ class Follower:
             loops = [v.distinct for v in values if v.distinct is not None]
             known = max(loops, default=None)
             return [Value(shape_of(v), distinct=known) for v in eqn.outvars]
-        return _meet.other(eqn, values, self.notes)
+        return other(eqn, values, self.notes)
 
     def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Branches, of which any may be taken."""
@@ -264,7 +269,7 @@ class Follower:
             axes = [a for n, a in view.own if n == loop.number]
             if axes:
                 rows, spans = list(placed.axes), placed.span
-                rows[0] = _meet.parts(axes[:1], length)
+                rows[0] = (Part(axes[0], length),)
                 own = frozenset(x for x in view.own if x[0] != loop.number)
                 placed = dataclasses.replace(
                     placed, axes=tuple(rows), span=spans, own=own

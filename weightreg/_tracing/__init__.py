@@ -1,0 +1,1 @@
+"""Reads what a network does with its parameters from what it computes."""

@@ -1,0 +1,292 @@
+"""Sums of products: layers that are called on data.
+
+A leaf that is contracted with data is a weight. The axes that are summed over are its
+inputs, those that stay are its units, and those that the data have, too, stack layers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from weightreg._tracing._call import call, onto
+from weightreg._tracing._graph import Link
+from weightreg._tracing._values import Notes, Value, other, shape_of
+from weightreg._tracing._views import Part, Shape, View
+
+_REDUCTIONS = """
+reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax
+argmin
+"""
+
+
+def dot_general(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """Sums of products along some axes."""
+    contracted, batch = eqn.params["dimension_numbers"]
+    return [_dot(eqn, values, contracted, batch, notes)]
+
+
+def ragged_dot_general(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """Sums of products with one matrix of a stack for each group of rows."""
+    ragged = eqn.params["ragged_dot_dimension_numbers"]
+    contracted, batch = ragged.dot_dimension_numbers
+    left, right, sizes = values
+    groups = ragged.rhs_group_dimensions
+    own = tuple(contracted), tuple(batch)
+    if not right.is_parameter or left.node is None or not groups:
+        return other(eqn, values, notes)
+    # Without their group axes, which data choose along, they are plain products.
+    views = []
+    for view in right.views:
+        looked = view.looked | frozenset(view.at(groups))
+        views.append(dataclasses.replace(view, looked=looked).without(groups))
+    shift = lambda axes: [a - sum(g < a for g in groups) for a in axes]  # noqa: E731
+    shape = tuple(n for k, n in enumerate(right.shape) if k not in groups)
+    right = right.but(views=tuple(views), shape=shape)
+    pairs = [(pair[0], shift(pair[1])) for pair in own]
+    out = _dot(eqn, [left, right], pairs[0], pairs[1], notes)
+    if sizes.node is not None and sizes.node != left.node:
+        notes.graph.nodes[out.node].sources.append(  # pyright: ignore
+            (sizes.node, sizes.link.then(Link(("ragged_dot_general",), None, math.inf)))
+        )
+    return [out]
+
+
+def _dot(
+    eqn: Any, values: Sequence[Value], contracted: Any, batch: Any, notes: Notes
+) -> Value:
+    shape = shape_of(eqn.outvars[0])
+    if all(v.is_constant for v in values):
+        return Value(shape)
+    gone = [tuple(c) for c in contracted]
+    places = [_places(values, gone, batch, side) for side in (0, 1)]
+    if all(v.node is None for v in values):
+        partner = all(v.is_parameter for v in values)
+        views = [
+            onto(
+                view.contracted(gone[side], partner, "dot_general"),
+                places[side],
+                gone[side],
+                shape,
+            )
+            for side, v in enumerate(values)
+            for view in v.views
+        ]
+        return Value(shape, views=tuple(views))
+    side = _weight_side(values, gone, batch, notes)
+    if side is None:
+        return _of_data(eqn, values, gone, batch, places, shape, notes)
+    weight, data = values[side], values[1 - side]
+    _note_shared(data, batch[1 - side], weight, batch[side], notes)
+    return call(eqn, data, weight, gone[side], places[side], shape, notes, batch[side])
+
+
+def _places(
+    values: Sequence[Value], gone: Sequence, batch: Sequence, side: int
+) -> dict[int, int]:
+    """Where the axes of an operand are in the product."""
+    free = [
+        [k for k in range(len(v.shape)) if k not in (*gone[s], *batch[s])]
+        for s, v in enumerate(values)
+    ]
+    count = len(batch[0])
+    first = count + (len(free[0]) if side else 0)
+    return {k: i for i, k in enumerate(batch[side])} | {
+        k: first + i for i, k in enumerate(free[side])
+    }
+
+
+def _weight_side(
+    values: Sequence[Value], gone: Sequence, batch: Sequence, notes: Notes
+) -> int | None:
+    """Which operand of a product holds weights, if one does."""
+    for side in (0, 1):
+        if values[side].is_parameter:
+            return side
+    for side in (0, 1):
+        value, data = values[side], values[1 - side]
+        full = [v for v in value.views if _is_matrix(value, v, gone[side], batch[side])]
+        if full and _feeds_more(data, value, notes):
+            return side
+    return None
+
+
+def _is_matrix(
+    value: Value, view: View, gone: Sequence[int], batch: Sequence[int]
+) -> bool:
+    """Whether a leaf that data have changed is still a matrix of them."""
+    free = [k for k in range(len(value.shape)) if k not in (*gone, *batch)]
+    whole = all(k in view.occupied() for k in (*gone, *free) if value.shape[k] != 1)
+    return whole and not view.reduced and bool(view.at(gone)) and bool(view.at(free))
+
+
+def _feeds_more(data: Value, changed: Value, notes: Notes) -> bool:
+    """Whether data are others than those that have changed what may be a weight.
+
+    What was added to data might be a weight with noise, or an offset of the data. Only
+    noise depends on nothing but keys.
+    """
+    nodes = notes.graph.nodes
+    if data.node is None:
+        return False
+    own = nodes[changed.node].inputs  # pyright: ignore
+    added = any(use.kind == "bias" for use in changed.uses)
+    noise = own <= notes.keys
+    return (noise or not added) and not nodes[data.node].inputs <= own
+
+
+def _of_data(
+    eqn: Any,
+    values: Sequence[Value],
+    gone: Sequence,
+    batch: Sequence,
+    places: Sequence[dict[int, int]],
+    shape: Shape,
+    notes: Notes,
+) -> Value:
+    """A product of data, or of data and constants."""
+    for side, value in enumerate(values):
+        _note_averaged(value, gone[side], values[1 - side], gone[1 - side], notes)
+    labels = [
+        (use, onto(view.without(gone[side]), places[side], gone[side], shape))
+        for side, value in enumerate(values)
+        for use, view in value.labels
+    ]
+    node, link = notes.combine(eqn, values)
+    free = [len(p) > len(batch[0]) for p in places]
+    both = all(v.node is not None for v in values)
+    outer = both and all(free) and not gone[0]
+    return Value(shape, node, link, labels=tuple(labels), outer=outer)
+
+
+def _note_averaged(
+    value: Value,
+    gone: Sequence[int],
+    other: Value,
+    gone_there: Sequence[int],
+    notes: Notes,
+) -> None:
+    """Notes down units that are summed with what no layer's units are multiplied by."""
+    theirs = {a for _, v in other.labels for a in v.at(gone_there)}
+    for use, view in value.labels:
+        axes = tuple(a for a in view.at(gone) if a in use.outputs)
+        if axes and len(use.outputs) > 1 and not theirs and other.node is not None:
+            notes.shared.append((use, axes))
+
+
+def _note_shared(
+    data: Value, batch: Sequence[int], weight: Value, own: Sequence[int], notes: Notes
+) -> None:
+    """Notes down the units of layers that are a stack for the one that follows."""
+    for use, view in data.labels:
+        stacked = [
+            k
+            for k, j in zip(batch, own, strict=True)
+            if any(v.at([j]) for v in weight.views)
+        ]
+        axes = tuple(a for a in view.at(stacked) if a in use.outputs)
+        if axes:
+            notes.shared.append((use, axes))
+
+
+def convolution(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """Sums of products along a window that moves."""
+    data, kernel = values
+    shape, params = shape_of(eqn.outvars[0]), eqn.params
+    if params["batch_group_count"] != 1 or data.is_parameter:
+        return other(eqn, values, notes)
+    if not kernel.views:
+        node, link = notes.combine(eqn, values)
+        return [Value(shape, node, link)]
+    out, channels, *window = params["dimension_numbers"].rhs_spec
+    gone = (*window, channels)
+    if data.node is None or (
+        kernel.node is not None
+        and not (
+            any(_is_matrix(kernel, v, (*window, channels), ()) for v in kernel.views)
+            and _feeds_more(data, kernel, notes)
+        )
+    ):
+        return other(eqn, values, notes)
+    groups, stacked = params["feature_group_count"], ()
+    kernel, stacked, groups = _stacked_kernels(kernel, out, groups)
+    places = {out: params["dimension_numbers"].out_spec[1]}
+    details = {
+        "window": len(window),
+        "convolution": {
+            "groups": groups,
+            "strides": tuple(params["window_strides"]),
+            "padding": tuple(tuple(p) for p in params["padding"]),
+            "dilation": tuple(params["rhs_dilation"]),
+            "input_dilation": tuple(params["lhs_dilation"]),
+        },
+    }
+    result = call(eqn, data, kernel, gone, places, shape, notes, **details)
+    for use, _ in result.labels:
+        use.outputs = tuple(a for a in use.outputs if a not in stacked)
+    return [result]
+
+
+def _stacked_kernels(
+    kernel: Value, out: int, groups: int
+) -> tuple[Value, tuple[int, ...], int]:
+    """The axes of leaves that stack kernels, which `jax.vmap` merges into groups."""
+    stacked: list[int] = []
+    if len(kernel.views) == 1:
+        view = kernel.views[0]
+        *outer, last = [p for p in view.axes[out] if p.size > 1] or [Part(None, 1)]
+        for part in outer:
+            own = part.axis not in (None, last.axis)
+            if not own or part.axis is None or groups % part.size or groups == 1:
+                break
+            groups //= part.size
+            stacked.append(part.axis)
+    return kernel, tuple(stacked), groups
+
+
+def reduction(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """What is left of some axes: a sum, a largest number, where it is."""
+    (value,), name, axes = values[:1], eqn.primitive.name, eqn.params["axes"]
+    shape = shape_of(eqn.outvars[0])
+    if value.is_constant:
+        return [Value(shape)]
+    if value.node is None:
+        views = [view.statistic(axes, name) for view in value.views]
+        return [Value(shape, views=tuple(views))]
+    kept = [k for k in range(len(value.shape)) if k not in axes]
+    places = {k: i for i, k in enumerate(kept)}
+    whole = any(
+        not v.reduced and any(value.shape[k] > 1 and v.at([k]) for k in axes)
+        for v in value.views
+    )
+    if name == "reduce_sum" and value.product is not None and whole:
+        # The weight was multiplied by data that had been repeated along its units.
+        weight = value.but(node=None)
+        return [call(eqn, value.product, weight, axes, places, shape, notes)]
+    _note_summed(value, axes, name, notes)
+    node, link = notes.combine(eqn, values)
+    labels = tuple((use, view.without(axes)) for use, view in value.labels)
+    # A sum over places is linear, and what is added to it is added to units.
+    fresh = value.fresh and name == "reduce_sum"
+    fresh = fresh and not any(view.at(axes) for _, view in value.labels)
+    return [Value(shape, node, link, labels=labels, outer=value.outer, fresh=fresh)]
+
+
+def _note_summed(value: Value, axes: Sequence[int], name: str, notes: Notes) -> None:
+    """Notes down slices of weights whose results are summed, and averaged members."""
+    for use, view in value.labels:
+        there = view.at(axes)
+        slices = tuple(a for a in there if a not in (*use.inputs, *use.outputs))
+        if slices and value.fresh and name == "reduce_sum":
+            notes.summed.append((use, slices))
+        first = tuple(a for a in there if a in use.outputs[:-1] and not use.window)
+        if first:
+            notes.shared.append((use, first))
+
+
+RULES = {
+    "dot_general": dot_general,
+    "ragged_dot_general": ragged_dot_general,
+    "conv_general_dilated": convolution,
+    **dict.fromkeys(_REDUCTIONS.split(), reduction),
+}

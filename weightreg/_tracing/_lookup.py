@@ -1,0 +1,130 @@
+"""Slices of parameters that lists, loops or data choose: look-ups and experts."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from weightreg._tracing._rearrange import put, sliced
+from weightreg._tracing._values import Notes, Value, other, shape_of
+from weightreg._tracing._views import Shape, View
+
+
+def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """Slices that are looked up."""
+    value, indices = values
+    shape = shape_of(eqn.outvars[0])
+    if not value.is_parameter:
+        node, link = notes.combine(eqn, values)
+        return [Value(shape, node, link)]
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    chosen = [k for k in numbers.start_index_map if sizes[k] != value.shape[k]]
+    if any(sizes[k] != 1 for k in chosen) or indices.is_parameter:
+        return other(eqn, values, notes)
+    rows = [k for k in range(len(shape)) if k not in numbers.offset_dims]
+    places = _gathered(numbers, len(sizes), rows)
+    known = indices.is_constant and indices.distinct is None
+    if known and len(chosen) == 1 and len(rows) == 1:
+        # A list of rows that is known beforehand: some of the slices, in some order.
+        count = shape[rows[0]]
+        places[chosen[0]] = rows[0]
+        place = lambda view: _spread(view.picked(chosen[0], count), places, shape)  # noqa: E731
+        return [put(value, place, shape, "gather", notes)]
+    if known and rows and chosen:
+        return other(eqn, values, notes)
+    for axis in chosen:
+        places.pop(axis, None)
+    place = lambda view: _spread(_looked(view, chosen, indices), places, shape)  # noqa: E731
+    return [_chosen(eqn, value, indices, place, shape, notes)]
+
+
+def _gathered(numbers: Any, ndim: int, rows: Sequence[int]) -> dict[int, int]:
+    """Where the axes of a value are in what is gathered from it."""
+    batching = dict(
+        zip(
+            numbers.operand_batching_dims,
+            numbers.start_indices_batching_dims,
+            strict=True,
+        )
+    )
+    gone = {*numbers.collapsed_slice_dims, *batching}
+    kept = [k for k in range(ndim) if k not in gone]
+    places = dict(zip(kept, map(int, numbers.offset_dims), strict=True))
+    return places | {axis: rows[k] for axis, k in batching.items()}
+
+
+def _spread(view: View, places: Mapping[int, int], shape: Shape) -> View:
+    """A view with its axes in other places, without those that have none."""
+    kept = sorted(places)
+    return view.permuted(kept).broadcast(shape, [places[k] for k in kept])
+
+
+def _looked(view: View, chosen: Sequence[int], indices: Value) -> View:
+    """A view of which slices were chosen along some axes, by data or by a loop."""
+    axes = view.at(chosen)
+    if indices.node is None:
+        own = {(indices.distinct, a) for a in axes if indices.distinct is not None}
+        return dataclasses.replace(view, own=view.own | own)
+    return dataclasses.replace(view, looked=view.looked | frozenset(axes))
+
+
+def _chosen(
+    eqn: Any,
+    value: Value,
+    indices: Value,
+    place: Callable[[View], View],
+    shape: Shape,
+    notes: Notes,
+) -> Value:
+    """Slices of parameters that data or a loop have chosen."""
+    name = eqn.primitive.name
+    if indices.node is None:
+        return put(value, place, shape, name, notes)
+    node = notes.join(name, [indices])
+    views = tuple(map(place, value.views))
+    uses = tuple(notes.use("embedding", name, view) for view in views)
+    return Value(shape, node, views=views, uses=uses)
+
+
+def dynamic_slice(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """A box of a value that begins where other values say."""
+    value, *starts = values
+    shape, sizes = shape_of(eqn.outvars[0]), eqn.params["slice_sizes"]
+    axes = [
+        k
+        for k, (n, all_) in enumerate(zip(sizes, value.shape, strict=True))
+        if n != all_
+    ]
+    ruling = [starts[k] for k in axes]
+    if all(v.known is not None for v in ruling) and (value.views or value.labels):
+        begin = [
+            int(starts[k].known or 0) if k in axes else 0 for k in range(len(sizes))
+        ]
+        begin = [
+            min(b, n - s) for b, n, s in zip(begin, value.shape, sizes, strict=True)
+        ]
+        ends = [b + n for b, n in zip(begin, sizes, strict=True)]
+        strides = (1,) * len(sizes)
+        return [
+            put(
+                value,
+                lambda v: sliced(v, begin, ends, strides),
+                shape,
+                "dynamic_slice",
+                notes,
+            )
+        ]
+    if not value.is_parameter:
+        node, link = notes.combine(eqn, [value, *ruling])
+        if node is None:
+            return [Value(shape)]
+        return [Value(shape, node, link)]
+    indices = next((v for v in ruling if v.node is not None), None)
+    indices = indices or next((v for v in ruling if v.distinct is not None), Value(()))
+    if any(sizes[k] != 1 for k in axes) or any(v.is_parameter for v in ruling):
+        return other(eqn, values, notes)
+    places = {k: k for k in range(len(sizes)) if k not in axes}
+    place = lambda view: _spread(_looked(view, axes, indices), places, shape)  # noqa: E731
+    return [_chosen(eqn, value, indices, place, shape, notes)]
+
+
+RULES = {"gather": gather, "dynamic_slice": dynamic_slice}
