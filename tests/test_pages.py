@@ -70,6 +70,11 @@ CHECKS = {
         "jnp.all(squared < jnp.exp(bound)) and jnp.all(norms < most)",
         "0 < gbr < 10",
     ],
+    "weightreg/_tracing/README.md": [
+        "str(decoder) in prose and str(conv_net) in prose",
+        "str(conv_net.between) in prose",
+        "'share an input' in net.open[0]",
+    ],
     "weightreg/_robustness/README.md": [
         "(model(x_test).argmax(-1) == y_test).mean() > 0.9",
         "moved.shape == x_test.shape and noisy.shape == value.shape == y_test.shape",
@@ -126,7 +131,8 @@ def namespace(monkeypatch, tmp_path):
 def test_code_runs(page, namespace):
     for source in blocks(page, "python"):
         exec(compile(source, page, "exec"), namespace)
-    names = {"wr": wr, "jnp": jnp, "kernels": kernels} | namespace
+    names = {"wr": wr, "jnp": jnp, "kernels": kernels, "prose": prose(page)}
+    names |= namespace
     for check in CHECKS.get(page, []):
         assert eval(check, names), check
 

@@ -137,7 +137,14 @@ def _row(
     axes = (layer.input_axes, layer.output_axes, layer.stack_axes)
     calls = "?" if layer.calls is None else str(layer.calls)
     shown = (", ".join(map(str, own)) for own in axes)
-    return path, sizes, role, *shown, calls, layer.bias or "", _notes(layer)
+    return path, sizes, role, *shown, calls, _beside(layer), _notes(layer)
+
+
+def _beside(layer: WeightLayer) -> str:
+    """The path of a layer's bias, from the module that both are in, if it is one."""
+    bias = layer.bias or ""
+    module = layer.path[: max(layer.path.rfind("["), layer.path.rfind("."), 0)]
+    return bias.removeprefix(module)
 
 
 def _notes(layer: WeightLayer) -> str:

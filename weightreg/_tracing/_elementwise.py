@@ -121,7 +121,7 @@ def _with_data(eqn: Any, values: Sequence[Value], shape: Shape, notes: Notes) ->
     views = [x for v in values for x in v.views] if changing else []
     sums = name in ("add", "sub", "add_any", "neg")
     if sums and len(data) == 2 and all(v.fresh for v in data):
-        _note_slices(*data, notes)
+        _note_slices(data[0], data[1], notes)
     scales = name in ("mul", "div") and len(data) == 1 and not uses
     return Value(
         shape,

@@ -195,9 +195,9 @@ def _stacked(stack: Stack, leaves: Sequence[Leaf]) -> dict[int, tuple[int, ...]]
     """The axes that a user calls stacks, by the positions of leaves."""
     if stack is None:
         return {}
-    found = {}
     if not isinstance(stack, Mapping):
-        return {leaf.index: _axes_of(stack, leaf, "stack") for leaf in leaves}
+        return _stacked_alike(_axes("stack", stack), stack, leaves)
+    found = {}
     for name, axes in stack.items():
         own = [leaf for leaf in leaves if _is_named(name, leaf.path)]
         if not own:
@@ -205,8 +205,32 @@ def _stacked(stack: Stack, leaves: Sequence[Leaf]) -> dict[int, tuple[int, ...]]
                 f"stack has an entry {name!r}, which is the path of no parameter or "
                 f"module. There are: {', '.join(leaf.path for leaf in leaves)}."
             )
+        where = f"stack[{name!r}]"
         for leaf in own:
-            found[leaf.index] = _axes_of(axes, leaf, f"stack[{name!r}]")
+            ndim = len(leaf.shape)
+            if any(not -ndim <= a < ndim for a in _axes(where, axes)):
+                raise ValueError(
+                    f"{where} is {axes}, but {leaf.path} of shape {leaf.shape} has "
+                    f"{ndim} axes."
+                )
+            found[leaf.index] = tuple(a % ndim for a in _axes(where, axes))
+    return found
+
+
+def _stacked_alike(
+    axes: tuple[int, ...], stack: Any, leaves: Sequence[Leaf]
+) -> dict[int, tuple[int, ...]]:
+    """The same axes of all leaves that have them."""
+    found = {
+        leaf.index: tuple(a % len(leaf.shape) for a in axes)
+        for leaf in leaves
+        if all(-len(leaf.shape) <= a < len(leaf.shape) for a in axes)
+    }
+    if not found:
+        raise ValueError(
+            f"stack is {stack!r}, an axis that no parameter has. Their shapes: "
+            f"{', '.join(str(leaf.shape) for leaf in leaves) or 'none'}."
+        )
     return found
 
 
@@ -219,19 +243,13 @@ def _is_named(name: Any, path: str) -> bool:
     return bool(own) and keys[: len(own)] == own
 
 
-def _axes_of(axes: Any, leaf: Leaf, where: str) -> tuple[int, ...]:
-    """The axes of one leaf that a user calls stacks, counted from the front."""
-    both = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
-    if not all(isinstance(a, int | np.integer) for a in both):
+def _axes(where: str, axes: Any) -> tuple[int, ...]:
+    """The axes that a user names, which have to be integers."""
+    both = axes if isinstance(axes, Sequence) else (axes,)
+    integers = [isinstance(a, int | np.integer) for a in both]
+    if not all(integers) or any(isinstance(a, bool) for a in both):
         raise TypeError(f"{where} must be an axis or several, not {axes!r}.")
-    ndim = len(leaf.shape)
-    if any(not -ndim <= a < ndim for a in both):
-        if where == "stack":  # which is said of all leaves, of which some have less
-            return ()
-        raise ValueError(
-            f"{where} is {axes}, but {leaf.path} of shape {leaf.shape} has {ndim} axes."
-        )
-    return tuple(int(a) % ndim for a in both)
+    return tuple(int(a) for a in both)
 
 
 def _check_stacks(stack: Stack, layers: Sequence[WeightLayer]) -> None:
