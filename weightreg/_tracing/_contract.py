@@ -12,7 +12,7 @@ from typing import Any
 from weightreg._tracing._call import call, onto
 from weightreg._tracing._graph import Link
 from weightreg._tracing._values import Notes, Value, other, shape_of
-from weightreg._tracing._views import Part, Shape, View
+from weightreg._tracing._views import Shape, View
 
 _REDUCTIONS = """
 reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax
@@ -55,6 +55,7 @@ def ragged_dot_general(eqn: Any, values: Sequence[Value], notes: Notes) -> list[
 def _dot(
     eqn: Any, values: Sequence[Value], contracted: Any, batch: Any, notes: Notes
 ) -> Value:
+    """Sums of products along some axes, one for each index along others."""
     shape = shape_of(eqn.outvars[0])
     if all(v.is_constant for v in values):
         return Value(shape)
@@ -124,11 +125,14 @@ def _feeds_more(data: Value, changed: Value, notes: Notes) -> bool:
     """Whether data are others than those that have changed what may be a weight.
 
     What was added to data might be a weight with noise, or an offset of the data. Only
-    noise depends on nothing but keys.
+    noise depends on nothing but keys. Matrices that were looked up are experts, whose
+    data may have chosen them.
     """
     nodes = notes.graph.nodes
     if data.node is None:
         return False
+    if all(view.looked for view in changed.views):
+        return True
     own = nodes[changed.node].inputs  # pyright: ignore
     added = any(use.kind == "bias" for use in changed.uses)
     noise = own <= notes.keys
@@ -200,16 +204,13 @@ def convolution(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
         return [Value(shape, node, link)]
     out, channels, *window = params["dimension_numbers"].rhs_spec
     gone = (*window, channels)
+    full = any(_is_matrix(kernel, view, gone, ()) for view in kernel.views)
+    changed = kernel.node is not None
     if data.node is None or (
-        kernel.node is not None
-        and not (
-            any(_is_matrix(kernel, v, (*window, channels), ()) for v in kernel.views)
-            and _feeds_more(data, kernel, notes)
-        )
+        changed and not (full and _feeds_more(data, kernel, notes))
     ):
         return other(eqn, values, notes)
-    groups, stacked = params["feature_group_count"], ()
-    kernel, stacked, groups = _stacked_kernels(kernel, out, groups)
+    stacked, groups = _stacked_kernels(kernel, out, params["feature_group_count"])
     places = {out: params["dimension_numbers"].out_spec[1]}
     details = {
         "window": len(window),
@@ -229,19 +230,20 @@ def convolution(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
 
 def _stacked_kernels(
     kernel: Value, out: int, groups: int
-) -> tuple[Value, tuple[int, ...], int]:
-    """The axes of leaves that stack kernels, which `jax.vmap` merges into groups."""
+) -> tuple[tuple[int, ...], int]:
+    """The axes of leaves that stack kernels, and the groups that each kernel has.
+
+    `jax.vmap` merges the kernels that it maps over into groups of a convolution.
+    """
     stacked: list[int] = []
-    if len(kernel.views) == 1:
-        view = kernel.views[0]
-        *outer, last = [p for p in view.axes[out] if p.size > 1] or [Part(None, 1)]
-        for part in outer:
-            own = part.axis not in (None, last.axis)
-            if not own or part.axis is None or groups % part.size or groups == 1:
-                break
-            groups //= part.size
-            stacked.append(part.axis)
-    return kernel, tuple(stacked), groups
+    parts = [part for part in kernel.views[0].axes[out] if part.size > 1]
+    for part in parts[:-1] if len(kernel.views) == 1 else ():
+        own = part.axis is not None and part.axis != parts[-1].axis
+        if not own or groups % part.size:
+            break
+        groups //= part.size
+        stacked.append(part.axis)  # pyright: ignore
+    return tuple(stacked), groups
 
 
 def reduction(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:

@@ -89,42 +89,36 @@ def dynamic_slice(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value
     """A box of a value that begins where other values say."""
     value, *starts = values
     shape, sizes = shape_of(eqn.outvars[0]), eqn.params["slice_sizes"]
-    axes = [
-        k
-        for k, (n, all_) in enumerate(zip(sizes, value.shape, strict=True))
-        if n != all_
-    ]
+    axes = [k for k, size in enumerate(sizes) if size != value.shape[k]]
     ruling = [starts[k] for k in axes]
-    if all(v.known is not None for v in ruling) and (value.views or value.labels):
-        begin = [
-            int(starts[k].known or 0) if k in axes else 0 for k in range(len(sizes))
-        ]
-        begin = [
-            min(b, n - s) for b, n, s in zip(begin, value.shape, sizes, strict=True)
-        ]
-        ends = [b + n for b, n in zip(begin, sizes, strict=True)]
-        strides = (1,) * len(sizes)
-        return [
-            put(
-                value,
-                lambda v: sliced(v, begin, ends, strides),
-                shape,
-                "dynamic_slice",
-                notes,
-            )
-        ]
+    if all(v.known is not None for v in ruling):
+        place = lambda view: _box(view, axes, ruling, sizes, value.shape)  # noqa: E731
+        return [put(value, place, shape, "dynamic_slice", notes)]
     if not value.is_parameter:
         node, link = notes.combine(eqn, [value, *ruling])
-        if node is None:
-            return [Value(shape)]
         return [Value(shape, node, link)]
-    indices = next((v for v in ruling if v.node is not None), None)
-    indices = indices or next((v for v in ruling if v.distinct is not None), Value(()))
     if any(sizes[k] != 1 for k in axes) or any(v.is_parameter for v in ruling):
         return other(eqn, values, notes)
     places = {k: k for k in range(len(sizes)) if k not in axes}
+    unknown = [v for v in ruling if v.known is None]
+    indices = max(unknown, key=lambda v: (v.node is not None, v.distinct is not None))
     place = lambda view: _spread(_looked(view, axes, indices), places, shape)  # noqa: E731
     return [_chosen(eqn, value, indices, place, shape, notes)]
+
+
+def _box(
+    view: View,
+    axes: Sequence[int],
+    ruling: Sequence[Value],
+    sizes: Sequence[int],
+    shape: Shape,
+) -> View | None:
+    """A view in a box whose begin is known, and which is moved to lie inside."""
+    starts = [0] * len(shape)
+    for axis, value in zip(axes, ruling, strict=True):
+        starts[axis] = min(max(int(value.known or 0), 0), shape[axis] - sizes[axis])
+    stops = [start + size for start, size in zip(starts, sizes, strict=True)]
+    return sliced(view, starts, stops, (1,) * len(shape))
 
 
 RULES = {"gather": gather, "dynamic_slice": dynamic_slice}
