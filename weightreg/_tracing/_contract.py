@@ -107,7 +107,7 @@ def _weight_side(
     for side in (0, 1):
         value, data = values[side], values[1 - side]
         full = [v for v in value.views if _is_matrix(value, v, gone[side], batch[side])]
-        if full and _feeds_more(data, value, notes):
+        if full and _is_weight(data, value, notes):
             return side
     return None
 
@@ -117,26 +117,25 @@ def _is_matrix(
 ) -> bool:
     """Whether a leaf that data have changed is still a matrix of them."""
     free = [k for k in range(len(value.shape)) if k not in (*gone, *batch)]
-    whole = all(k in view.occupied() for k in (*gone, *free) if value.shape[k] != 1)
+    # Of experts there may be several for one row of the data.
+    own = gone if view.looked else (*gone, *free)
+    whole = all(k in view.occupied() for k in own if value.shape[k] != 1)
     return whole and not view.reduced and bool(view.at(gone)) and bool(view.at(free))
 
 
-def _feeds_more(data: Value, changed: Value, notes: Notes) -> bool:
-    """Whether data are others than those that have changed what may be a weight.
+def _is_weight(data: Value, changed: Value, notes: Notes) -> bool:
+    """Whether what data have changed is a weight that is called on other data.
 
-    What was added to data might be a weight with noise, or an offset of the data. Only
-    noise depends on nothing but keys. Matrices that were looked up are experts, whose
-    data may have chosen them.
+    What was added to data is a weight with noise where they are random numbers. Else it
+    might be an offset of the data as well, and is left open.
     """
-    nodes = notes.graph.nodes
     if data.node is None:
         return False
-    if all(view.looked for view in changed.views):
-        return True
-    own = nodes[changed.node].inputs  # pyright: ignore
-    added = any(use.kind == "bias" for use in changed.uses)
-    noise = own <= notes.keys
-    return (noise or not added) and not nodes[data.node].inputs <= own
+    added = [use for use in changed.uses if use.kind == "bias"]
+    if added and not changed.random:
+        notes.noisy += added
+        return False
+    return True
 
 
 def _of_data(
@@ -150,7 +149,8 @@ def _of_data(
 ) -> Value:
     """A product of data, or of data and constants."""
     for side, value in enumerate(values):
-        _note_averaged(value, gone[side], values[1 - side], gone[1 - side], notes)
+        if values[1 - side].node is not None and not values[1 - side].labels:
+            _note_averaged(value, gone[side], notes)
     labels = [
         (use, onto(view.without(gone[side]), places[side], gone[side], shape))
         for side, value in enumerate(values)
@@ -163,18 +163,11 @@ def _of_data(
     return Value(shape, node, link, labels=tuple(labels), outer=outer)
 
 
-def _note_averaged(
-    value: Value,
-    gone: Sequence[int],
-    other: Value,
-    gone_there: Sequence[int],
-    notes: Notes,
-) -> None:
-    """Notes down units that are summed with what no layer's units are multiplied by."""
-    theirs = {a for _, v in other.labels for a in v.at(gone_there)}
+def _note_averaged(value: Value, gone: Sequence[int], notes: Notes) -> None:
+    """Notes down units that are summed and that others come after."""
     for use, view in value.labels:
-        axes = tuple(a for a in view.at(gone) if a in use.outputs)
-        if axes and len(use.outputs) > 1 and not theirs and other.node is not None:
+        axes = tuple(a for a in view.at(gone) if a in use.outputs[:-1])
+        if axes and not use.window:
             notes.shared.append((use, axes))
 
 
@@ -207,7 +200,7 @@ def convolution(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     full = any(_is_matrix(kernel, view, gone, ()) for view in kernel.views)
     changed = kernel.node is not None
     if data.node is None or (
-        changed and not (full and _feeds_more(data, kernel, notes))
+        changed and not (full and _is_weight(data, kernel, notes))
     ):
         return other(eqn, values, notes)
     stacked, groups = _stacked_kernels(kernel, out, params["feature_group_count"])
@@ -237,12 +230,15 @@ def _stacked_kernels(
     """
     stacked: list[int] = []
     parts = [part for part in kernel.views[0].axes[out] if part.size > 1]
+    own = [part.axis for part in parts if part.axis is not None]
+    if not own:  # It is repeated for each of the units.
+        return (), 1
     for part in parts[:-1] if len(kernel.views) == 1 else ():
-        own = part.axis is not None and part.axis != parts[-1].axis
-        if not own or groups % part.size:
+        if part.axis == own[-1] or groups % part.size:
             break
         groups //= part.size
-        stacked.append(part.axis)  # pyright: ignore
+        # Where it is repeated, `vmap` has merged a batch of the data into groups.
+        stacked += [part.axis] * (part.axis is not None)
     return tuple(stacked), groups
 
 
@@ -266,6 +262,7 @@ def reduction(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
         weight = value.but(node=None)
         return [call(eqn, value.product, weight, axes, places, shape, notes)]
     _note_summed(value, axes, name, notes)
+    _note_averaged(value, axes, notes)
     node, link = notes.combine(eqn, values)
     labels = tuple((use, view.without(axes)) for use, view in value.labels)
     # A sum over places is linear, and what is added to it is added to units.
@@ -275,15 +272,12 @@ def reduction(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
 
 
 def _note_summed(value: Value, axes: Sequence[int], name: str, notes: Notes) -> None:
-    """Notes down slices of weights whose results are summed, and averaged members."""
+    """Notes down slices of weights whose results are summed."""
     for use, view in value.labels:
         there = view.at(axes)
         slices = tuple(a for a in there if a not in (*use.inputs, *use.outputs))
         if slices and value.fresh and name == "reduce_sum":
             notes.summed.append((use, slices))
-        first = tuple(a for a in there if a in use.outputs[:-1] and not use.window)
-        if first:
-            notes.shared.append((use, first))
 
 
 RULES = {

@@ -33,7 +33,6 @@ gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max
 mul ne neg nextafter not or polygamma population_count pow real
 regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
 shift_right_logical sign sin sinh sqrt square sub tan tanh xor bitcast_convert_type
-random_bits random_wrap random_unwrap
 """
 ELEMENTWISE = frozenset(_NAMES.split())
 
@@ -44,9 +43,19 @@ def elementwise(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     if all(v.is_constant for v in values):
         return [_constant(eqn, values, shape)]
     values = [_lifted(v, shape) for v in values]
+    _, *cases = values
+    choice = eqn.primitive.name == "select_n" and all(v.is_parameter for v in cases)
+    if choice and len({v.views for v in cases}) == 1:
+        return cases[:1]  # One value in all cases, as where gradients are stopped.
     if all(v.node is None for v in values):
         return [_of_parameters(eqn, values, shape, notes)]
     return [_with_data(eqn, values, shape, notes)]
+
+
+def random_bits(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """Random numbers."""
+    node, link = notes.combine(eqn, values)
+    return [Value(shape_of(eqn.outvars[0]), node, link, random=node is not None)]
 
 
 def _lifted(value: Value, shape: Shape) -> Value:
@@ -136,6 +145,7 @@ def _with_data(eqn: Any, values: Sequence[Value], shape: Shape, notes: Notes) ->
         multiple=_multiple(name, values),
         sign=_sign(name, values),
         summands=_summands(values) if name in ("add", "add_any") else (),
+        random=all(v.random for v in data),
     )
 
 
@@ -263,4 +273,4 @@ def _inner_use(view: View, notes: Notes, node: int) -> Use:
     )
 
 
-RULES = dict.fromkeys(ELEMENTWISE, elementwise)
+RULES = {**dict.fromkeys(ELEMENTWISE, elementwise), "random_bits": random_bits}

@@ -81,11 +81,6 @@ class Graph:
         self.nodes: list[Node] = []
         self.loops: list[Loop] = []
 
-    @property
-    def size(self) -> int:
-        """How many nodes there are."""
-        return len(self.nodes)
-
     def add(self, kind: str, sources: Iterable[tuple[int, Link]] = ()) -> int:
         """Adds a node and gives its number."""
         number, sources = len(self.nodes), list(sources)

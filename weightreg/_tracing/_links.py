@@ -111,7 +111,7 @@ def _power(eqn, values, data, rest, degrees, slopes):
     power = eqn.params.get("y", values[1].known if len(values) > 1 else None)
     if power is None or degrees[0] is None or len(data) > 1:
         return None, math.inf
-    return degrees[0] * Fraction(power).limit_denominator(1000), math.inf
+    return degrees[0] * Fraction(power), math.inf
 
 
 def _choice(eqn, values, data, rest, degrees, slopes):
@@ -162,7 +162,7 @@ def _linear(eqn, values, data, rest, degrees, slopes):
 
 
 def _order(eqn, values, data, rest, degrees, slopes):
-    if len(data) > 1:
+    if len(data) > 1 or len(eqn.outvars) > 1:  # The order itself is no number.
         return None, math.inf
     return degrees[0], slopes[0]
 

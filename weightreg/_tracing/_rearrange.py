@@ -113,10 +113,8 @@ def _tile(params: dict, shape: Shape) -> tuple[_Place, float]:
 
     def place(view: View) -> View:
         for axis, count in enumerate(reps):
-            if count != 1 and axis in view.occupied():
-                raise LostError
-        new = tuple(n * r for n, r in zip(shape, reps, strict=True))
-        return view.broadcast(new, range(len(shape)))
+            view = view.tiled(axis, count) if count != 1 else view
+        return view
 
     return place, math.sqrt(math.prod(reps))
 

@@ -42,6 +42,7 @@ class Roles:
         self.leaves = leaves
         self.graph = notes.graph
         self.stack = stack
+        self.noisy = notes.noisy
         self.uses: dict[int, list[Use]] = {leaf.index: [] for leaf in leaves}
         for use in notes.uses:
             if not use.gone:
@@ -85,7 +86,13 @@ class Roles:
 
     def open(self) -> list[str]:
         """What the computation leaves open."""
-        sentences = []
+        noisy = {use.leaf for use in self.noisy if not use.gone}
+        sentences = [
+            f"{self.leaves[leaf].path}: it might be a weight that noise is added to. If "
+            "so, pass the key that the noise is made from instead of the noise."
+            for leaf in sorted(noisy)
+            if self.role(self.leaves[leaf]) == "bias"
+        ]
         for layer in self.layers():
             for axes, kind, text in self._doubts(layer):
                 shown = ", ".join(map(str, sorted(axes)))
@@ -119,9 +126,8 @@ class Roles:
         own = set(range(len(leaf.shape))) - {*inputs, *outputs}
         summed = (self.summed.get(leaf.index, set()) & own) - named
         # A convolution's window comes first, and its input channels last.
-        inputs = inputs if use.window else sorted({*inputs, *summed})
-        if use.window and summed:
-            inputs = [*sorted(summed), *inputs]
+        window = inputs[: use.window]
+        inputs = [*window, *sorted({*inputs[use.window :], *summed})]
         return tuple(inputs), tuple(outputs), tuple(sorted(own - set(inputs)))
 
     def _agree(self, leaf: Leaf) -> bool:

@@ -130,8 +130,6 @@ def _read(
         shape = tuple(variable.aval.shape)
         if position >= len(traced):
             values.append(Value(shape, notes.graph.add("input")))
-            if jnp.issubdtype(variable.aval.dtype, jax.dtypes.prng_key):
-                notes.keys.add(notes.graph.size - 1)
         elif jnp.issubdtype(variable.aval.dtype, jnp.inexact):
             values.append(Value(shape, views=(View.whole(position, shape),)))
         else:

@@ -20,6 +20,7 @@ KINDS = {
 }
 # Constants of more elements are not looked at.
 _MOST = 100_000
+_numbers = itertools.count()
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,9 +85,12 @@ class Value:
       outer: Whether it is a product of data along axes of their own.
       known: The number that a constant repeats, if it does.
       distinct: The loop in whose rounds a constant has different numbers.
-      multiple: The value that it is a multiple of, by its identity, and the factor.
-      sign: The value whose sign it tells, by its identity.
+      multiple: The value that it is a multiple of, by its number, and the factor.
+      sign: The value whose sign it tells, by its number.
       summands: Layers to whose units the value of another node was added, and the node.
+      random: Whether it depends on random numbers alone.
+      most: The largest size that a constant's numbers have.
+      number: Its own number. A value that is moved or changed has another one.
     """
 
     shape: Shape
@@ -103,6 +107,9 @@ class Value:
     multiple: tuple[int, float] | None = None
     sign: int | None = None
     summands: tuple[tuple[Use, int], ...] = ()
+    random: bool = False
+    most: float = math.inf
+    number: int = dataclasses.field(default_factory=_numbers.__next__)
 
     @property
     def is_parameter(self) -> bool:
@@ -116,11 +123,11 @@ class Value:
 
     def base(self) -> tuple[int, float]:
         """The value that it is a multiple of, and the factor."""
-        return self.multiple or (id(self), 1.0)
+        return self.multiple or (self.number, 1.0)
 
     def but(self, **changes: Any) -> "Value":
         """The value with changes."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, number=next(_numbers), **changes)
 
 
 def shape_of(variable: Any) -> Shape:
@@ -139,7 +146,8 @@ def constant(x: Any) -> Value:
         return Value(shape)
     numbers = np.asarray(x)
     first = numbers.flat[0]
-    return Value(shape, known=float(first) if np.all(numbers == first) else None)
+    known = float(first) if np.all(numbers == first) else None
+    return Value(shape, known=known, most=float(np.max(np.abs(numbers * 1.0))))
 
 
 class Notes:
@@ -150,7 +158,7 @@ class Notes:
       uses: The uses of all leaves, in order.
       shared: Weights and those of their output axes that turned out to be the stack of
         a later layer, or to be averaged over.
-      keys: The inputs of the network that are keys of random numbers.
+      noisy: The uses of biases that might be weights with noise.
       summed: Pairs of a weight and those of its axes that number slices of it whose
         results are summed.
     """
@@ -158,7 +166,7 @@ class Notes:
     def __init__(self) -> None:
         self.graph = Graph()
         self.uses: list[Use] = []
-        self.keys: set[int] = set()
+        self.noisy: list[Use] = []
         self.shared: list[tuple[Use, tuple[int, ...]]] = []
         self.summed: list[tuple[Use, tuple[int, ...]]] = []
 
@@ -209,8 +217,11 @@ class Notes:
 def other(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     """A primitive that says nothing of what the axes of parameters mean."""
     name = eqn.primitive.name
+    # What is computed from parameters alone may be used as a weight later on, as
+    # may the parameters themselves beside a statistic.
+    alone = all(value.node is None for value in values)
     for value in values:
-        notes.end(value, name)
+        notes.end(value, name, weak=alone)
     node, link = notes.combine(eqn, values)
     made = dict.fromkeys(
         (x.leaf, (*x.made, name)) for v in values for x in v.views if v.node is None

@@ -133,6 +133,17 @@ class View:
         span[axis] = 0, size
         return dataclasses.replace(self, span=tuple(span))
 
+    def tiled(self, axis: int, count: int) -> "View":
+        """The view repeated as a whole along an axis."""
+        axes, span = list(self.axes), list(self.span)
+        parts = axes[axis]
+        size = math.prod(part.size for part in parts) if parts else 0
+        if parts and span[axis] != (0, size):
+            raise LostError
+        axes[axis] = (Part(None, count), *parts) if parts else ()
+        span[axis] = 0, count * span[axis][1]
+        return dataclasses.replace(self, axes=tuple(axes), span=tuple(span))
+
     def sliced(self, axis: int, start: int, stop: int, stride: int) -> "View | None":
         """The view in a stretch of the value, ``None`` where nothing of it is there.
 
