@@ -11,8 +11,8 @@ def onto(
     view: View, places: Mapping[int, int], gone: Sequence[int], shape: Shape
 ) -> View:
     """A view without some axes, with those that are left in other places."""
-    kept = [k for k in sorted(places) if k not in gone]
-    return view.broadcast(shape, [places[k] for k in kept])
+    kept = [places[k] for k in sorted(places) if k not in gone]
+    return view.broadcast(tuple(shape[k] for k in kept), shape, kept)
 
 
 def call(

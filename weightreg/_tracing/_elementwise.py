@@ -63,8 +63,9 @@ def _lifted(value: Value, shape: Shape) -> Value:
     if value.shape == shape:
         return value
     axes = range(len(shape) - len(value.shape), len(shape))
-    views = tuple(view.broadcast(shape, axes) for view in value.views)
-    labels = tuple((use, view.broadcast(shape, axes)) for use, view in value.labels)
+    place = lambda view: view.broadcast(value.shape, shape, axes)  # noqa: E731
+    views = tuple(map(place, value.views))
+    labels = tuple((use, place(view)) for use, view in value.labels)
     return value.but(shape=shape, views=views, labels=labels)
 
 

@@ -265,7 +265,7 @@ class Follower:
         kept = range(1, len(shape))
         views = []
         for view in value.views:
-            placed = view.broadcast(shape, kept)
+            placed = view.broadcast(value.shape, shape, kept)
             axes = [a for n, a in view.own if n == loop.number]
             if axes:
                 rows, spans = list(placed.axes), placed.span
@@ -275,7 +275,10 @@ class Follower:
                     placed, axes=tuple(rows), span=spans, own=own
                 )
             views.append(placed)
-        labels = tuple((use, view.broadcast(shape, kept)) for use, view in value.labels)
+        labels = tuple(
+            (use, view.broadcast(value.shape, shape, kept))
+            for use, view in value.labels
+        )
         return value.but(
             shape=shape,
             views=tuple(views),

@@ -54,8 +54,9 @@ def _gathered(numbers: Any, ndim: int, rows: Sequence[int]) -> dict[int, int]:
 
 def _spread(view: View, places: Mapping[int, int], shape: Shape) -> View:
     """A view with its axes in other places, without those that have none."""
-    kept = sorted(places)
-    return view.permuted(kept).broadcast(shape, [places[k] for k in kept])
+    kept, there = sorted(places), [places[k] for k in sorted(places)]
+    old = tuple(shape[k] for k in there)
+    return view.permuted(kept).broadcast(old, shape, there)
 
 
 def _looked(view: View, chosen: Sequence[int], indices: Value) -> View:

@@ -5,16 +5,18 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from weightreg._tracing._graph import Link
 from weightreg._tracing._values import Notes, Value, shape_of
-from weightreg._tracing._views import LostError, Shape, View
+from weightreg._tracing._views import LostError, Shape, View, rejoined
 
 _Place = Callable[[View], View | None]
 
-# What leaves every number where it is. (A reversal, too, as far as axes are concerned.)
+# What leaves every number where it is, and as it is.
 _NAMES = """
-convert_element_type copy copy_p stop_gradient reduce_precision device_put name
-sharding_constraint reshard mesh_cast layout_constraint pvary pcast rev
+copy copy_p stop_gradient reduce_precision device_put name
+sharding_constraint reshard mesh_cast layout_constraint pvary pcast
 optimization_barrier
 """
 SAME = frozenset(_NAMES.split())
@@ -24,6 +26,24 @@ def same(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     """The values as they are."""
     del eqn, notes
     return list(values)
+
+
+def converted(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """The value in another dtype, which integers round."""
+    old, new = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
+    rounds = jnp.issubdtype(old, jnp.inexact) and not jnp.issubdtype(new, jnp.inexact)
+    if not rounds or values[0].is_constant:
+        return list(values)
+    name = eqn.primitive.name
+    views = tuple(view.marked(name) for view in values[0].views)
+    link = values[0].link.then(Link((name,), None, math.inf))
+    return [values[0].but(views=views, link=link, fresh=False, known=None)]
+
+
+def reversed_(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """The value in reverse along some axes."""
+    axes, shape = eqn.params["dimensions"], values[0].shape
+    return [put(values[0], lambda view: view.reversed(axes), shape, "rev", notes)]
 
 
 def moved(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
@@ -86,7 +106,7 @@ def _reshape(params: dict, shape: Shape) -> tuple[_Place, float]:
 def _broadcast(params: dict, shape: Shape) -> tuple[_Place, float]:
     new, dimensions = params["shape"], params["broadcast_dimensions"]
     repeats = math.prod(new) / max(math.prod(shape), 1)
-    return lambda view: view.broadcast(new, dimensions), math.sqrt(repeats)
+    return lambda view: view.broadcast(shape, new, dimensions), math.sqrt(repeats)
 
 
 def _squeeze(params: dict, shape: Shape) -> tuple[_Place, float]:
@@ -99,7 +119,7 @@ def _expand(params: dict, shape: Shape) -> tuple[_Place, float]:
     for k in sorted(gone):
         new.insert(k, 1)
     kept = [k for k in range(len(new)) if k not in gone]
-    return lambda view: view.broadcast(tuple(new), kept), 1.0
+    return lambda view: view.broadcast(shape, tuple(new), kept), 1.0
 
 
 def _slice(params: dict, shape: Shape) -> tuple[_Place, float]:
@@ -147,22 +167,22 @@ def split(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
 
 def concatenate(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     """Values one after another along an axis."""
-    axis, shape = eqn.params["dimension"], shape_of(eqn.outvars[0])
+    axis = eqn.params["dimension"]
     starts = itertools.accumulate((v.shape[axis] for v in values), initial=0)
     places = [lambda view, start=start: view.moved(axis, start) for start in starts]
-    return [_joined(eqn, values, places[: len(values)], shape, notes)]
+    return [_joined(eqn, values, places[: len(values)], axis, notes)]
 
 
 def stack(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     """Values one after another along a new axis."""
     axis, shape = eqn.params["axis"], shape_of(eqn.outvars[0])
-    own = (*shape[:axis], 1, *shape[axis + 1 :])
+    own, old = (*shape[:axis], 1, *shape[axis + 1 :]), values[0].shape
     kept = [k for k in range(len(shape)) if k != axis]
     places = [
-        lambda view, start=start: view.broadcast(own, kept).moved(axis, start)
+        lambda view, start=start: view.broadcast(old, own, kept).moved(axis, start)
         for start in range(len(values))
     ]
-    return [_joined(eqn, values, places, shape, notes)]
+    return [_joined(eqn, values, places, axis, notes)]
 
 
 def pad(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
@@ -179,24 +199,24 @@ def pad(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
                 view = view.repeated(axis, shape[axis])
         return view
 
-    return [_joined(eqn, values, [place, lambda view: None], shape, notes)]
+    return [_joined(eqn, values, [place, lambda view: None], 0, notes)]
 
 
 def _joined(
     eqn: Any,
     values: Sequence[Value],
     places: Iterable[_Place],
-    shape: Shape,
+    axis: int,
     notes: Notes,
 ) -> Value:
     """Several values in one, where parameters among data are used as they are."""
-    name = eqn.primitive.name
+    name, shape = eqn.primitive.name, shape_of(eqn.outvars[0])
     node, link = notes.combine(eqn, values)
     data = node is not None
     if data:
         for value in values:
             notes.end(value, name)
-    put_values = [
+    placed = [
         put(value, place, shape, name, notes)
         for value, place in zip(values, places, strict=True)
         if not (data and value.is_parameter)
@@ -206,8 +226,10 @@ def _joined(
         shape,
         node,
         link,
-        views=() if data else tuple(x for v in put_values for x in v.views),
-        labels=tuple(x for v in put_values for x in v.labels),
+        views=()
+        if data
+        else tuple(rejoined([x for v in placed for x in v.views], axis)),
+        labels=tuple(x for v in placed for x in v.labels),
         fresh=fresh,
     )
 
@@ -224,6 +246,8 @@ _PLACES: dict[str, Callable[[dict, Shape], tuple[_Place, float]]] = {
 
 RULES: dict[str, Callable[[Any, Sequence[Value], Notes], list[Value]]] = {
     **dict.fromkeys(SAME, same),
+    "convert_element_type": converted,
+    "rev": reversed_,
     **dict.fromkeys(_PLACES, moved),
     "split": split,
     "concatenate": concatenate,

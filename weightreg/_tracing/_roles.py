@@ -88,8 +88,8 @@ class Roles:
         """What the computation leaves open."""
         noisy = {use.leaf for use in self.noisy if not use.gone}
         sentences = [
-            f"{self.leaves[leaf].path}: it might be a weight that noise is added to. If "
-            "so, pass the key that the noise is made from instead of the noise."
+            f"{self.leaves[leaf].path}: it might be a weight that noise is added to. "
+            "If so, pass the key that the noise is made from instead of the noise."
             for leaf in sorted(noisy)
             if self.role(self.leaves[leaf]) == "bias"
         ]

@@ -41,7 +41,10 @@ class View:
       region: For each axis of the leaf the stretch of it that is there.
       inner: Axes of the leaf that were contracted with constants or parameters.
       partner: Whether parameters were among these.
-      own: Pairs of a loop and an axis of the leaf, of which each round has a slice.
+      own: Pairs of a loop and an axis of the leaf, of which each round has another
+        slice. The axis is -1 where the leaf is there in one round only.
+      turned: Axes of the leaf whose slices are in another order.
+      doubled: Axes of the leaf of which slices may be there twice.
       looked: Axes of the leaf along which data have chosen.
       made: The primitives that have combined the leaf with others, or changed it.
       reduced: The primitive after which only a statistic of the leaf is there, such as
@@ -55,6 +58,8 @@ class View:
     inner: frozenset[int] = frozenset()
     partner: bool = False
     own: frozenset[tuple[int, int]] = frozenset()
+    turned: frozenset[int] = frozenset()
+    doubled: frozenset[int] = frozenset()
     looked: frozenset[int] = frozenset()
     made: tuple[str, ...] = ()
     reduced: str = ""
@@ -101,12 +106,12 @@ class View:
         """The view after a transposition."""
         return self._with([(self.axes[k], self.span[k]) for k in permutation])
 
-    def broadcast(self, shape: Shape, dimensions: Sequence[int]) -> "View":
-        """The view after its axes became some of a larger shape's."""
+    def broadcast(self, old: Shape, shape: Shape, dimensions: Sequence[int]) -> "View":
+        """The view after the axes of an old shape became some of a larger one's."""
         new: list[tuple[tuple[Part, ...], tuple[int, int]]]
         new = [((), (0, size)) for size in shape]
         for axis, k in enumerate(dimensions):
-            if self.span[axis][1] != 1 or shape[k] == 1:
+            if old[axis] == shape[k]:
                 new[k] = self.axes[axis], self.span[axis]
         return self._with(new)
 
@@ -169,10 +174,17 @@ class View:
 
     def picked(self, axis: int, count: int) -> "View":
         """The view after ``count`` of its rows were picked, whichever they are."""
-        axes, span = list(self.axes), list(self.span)
-        axes[axis] = tuple(Part(a, count) for a in self.at([axis])[:1])
+        axes, span, rows = list(self.axes), list(self.span), self.at([axis])[:1]
+        axes[axis] = tuple(Part(a, count) for a in rows)
         span[axis] = 0, count
-        return dataclasses.replace(self, axes=tuple(axes), span=tuple(span))
+        view = dataclasses.replace(self, axes=tuple(axes), span=tuple(span))
+        return view.reversed([axis], twice=True)
+
+    def reversed(self, axes: Sequence[int], twice: bool = False) -> "View":
+        """The view in another order along some axes, perhaps with some rows twice."""
+        turned = self.turned | frozenset(self.at(axes))
+        doubled = self.doubled | frozenset(self.at(axes) if twice else ())
+        return dataclasses.replace(self, turned=turned, doubled=doubled)
 
     def reshaped(self, old: Shape, new: Shape) -> "View":
         """The view after a reshape of the value.
@@ -218,6 +230,40 @@ class View:
 def leaf_axes(parts: Iterable[Part]) -> tuple[int, ...]:
     """The axes of the leaf among some parts, each once, in order."""
     return tuple(dict.fromkeys(p.axis for p in parts if p.axis is not None))
+
+
+def rejoined(views: Sequence[View], axis: int) -> list[View]:
+    """Views with the slices of each leaf that lie in order along an axis as one."""
+    whole: list[View] = []
+    for view in views:
+        joined = _join(whole[-1], view, axis) if whole else None
+        whole[-1:] = [*whole[-1:], view] if joined is None else [joined]
+    return whole
+
+
+def _join(a: View, b: View, axis: int) -> View | None:
+    """Two views of a leaf as one, if the second goes on where the first ends."""
+    changed = [
+        k for k, (x, y) in enumerate(zip(a.region, b.region, strict=False)) if x != y
+    ]
+    if a.leaf != b.leaf or len(changed) != 1:
+        return None
+    (cut,) = changed
+    (low, middle), (start, high) = a.region[cut], b.region[cut]
+    begin, end = a.span[axis], b.span[axis]
+    minor = tuple(part for part in a.axes[axis] if part.axis != cut)
+    own = tuple(part for part in b.axes[axis] if part.axis != cut)
+    if middle != start or begin[0] + begin[1] != end[0] or minor != own:
+        return None
+    parts, span, region = list(a.axes), list(a.span), list(a.region)
+    parts[axis] = (Part(cut, high - low), *minor)
+    span[axis] = begin[0], begin[1] + end[1]
+    region[cut] = low, high
+    one = dataclasses.replace(
+        a, axes=tuple(parts), span=tuple(span), region=tuple(region)
+    )
+    rest = dataclasses.replace(b, axes=one.axes, span=one.span, region=one.region)
+    return one if one == rest else None
 
 
 def overlap(a: View, b: View, axes: Iterable[int]) -> bool:
