@@ -71,12 +71,28 @@ def _lifted(value: Value, shape: Shape) -> Value:
 
 def _constant(eqn: Any, values: Sequence[Value], shape: Shape) -> Value:
     """What constants give, with the number that it repeats, if that is easy to tell."""
-    of = _ARITHMETIC.get(eqn.primitive.name)
-    numbers = [v.known for v in values]
-    loops = [v.distinct for v in values if v.distinct is not None]
+    name, numbers = eqn.primitive.name, [v.known for v in values]
+    of = _ARITHMETIC.get(name)
     if of is None or None in numbers or any(math.isnan(n) for n in numbers):  # pyright: ignore
-        return Value(shape, distinct=max(loops, default=None))
-    return Value(shape, known=float(of(*numbers)))
+        return _counted(name, values, shape)
+    return Value(shape, known=float(of(*numbers)), most=abs(float(of(*numbers))))
+
+
+def _counted(name: str, values: Sequence[Value], shape: Shape) -> Value:
+    """A number that counts something, shifted or in reverse, or one of two such."""
+    if name == "select_n":
+        orders = {(v.distinct, v.order) for v in values[1:]}
+        distinct, order = orders.pop() if len(orders) == 1 else (None, 0)
+        return Value(shape, distinct=distinct, order=order)
+    counts = [v for v in values if v.order]
+    rest = [v.known for v in values if not v.order]
+    if len(counts) != 1 or None in rest or name not in ("add", "sub", "neg", "mul"):
+        return Value(shape)
+    falls = name == "neg" or (name == "sub" and values[1] is counts[0])
+    if name == "mul":
+        falls = rest[0] < 0  # pyright: ignore
+    order = 0 if name == "mul" and rest[0] == 0 else -1 if falls else counts[0].order
+    return Value(shape, distinct=counts[0].distinct, order=order)
 
 
 def _of_parameters(
@@ -89,8 +105,20 @@ def _of_parameters(
         return called
     leaves = [v for v in values if v.is_parameter]
     changed = len(leaves) > 1 or name not in _LINEAR
-    views = [x.marked(name) if changed else x for v in leaves for x in v.views]
+    factor = _factor(name, values)
+    views = [x.times(factor) for v in leaves for x in v.views]
+    views = [x.marked(name) for x in views] if changed else views
     return Value(shape, views=tuple(dict.fromkeys(views)))
+
+
+def _factor(name: str, values: Sequence[Value]) -> float:
+    """What numbers are at most multiplied by in a product with a constant."""
+    constants = [v for v in values if v.is_constant]
+    if name == "mul" and constants:
+        return constants[0].most
+    if name == "div" and constants:
+        return 1 / abs(constants[0].known) if constants[0].known else math.inf
+    return 1.0
 
 
 def _learnt(
@@ -213,13 +241,15 @@ def _bias(eqn: Any, values: Sequence[Value], notes: Notes) -> Value | None:
             (use, bias)
             for bias in added.views
             for use, view in units.labels
-            if _match(bias, view) and not (bias.reduced or bias.inner or bias.made)
+            if _match(bias, view) and _is_plain(bias) and _of_one(bias, view, use)
             if view.region == use.view.region
         ]
         if len({id(bias) for _, bias in found}) < len(added.views):
             continue
         for use, bias in found:
-            use.bias = bias.leaf
+            use.bias, use.biases = bias.leaf, use.biases + 1
+        if any(use.biases > 1 for use, _ in found):
+            continue
         for use in added.uses:
             use.gone = True
         for bias in added.views:
@@ -233,10 +263,22 @@ def _bias(eqn: Any, values: Sequence[Value], notes: Notes) -> Value | None:
 
 def _match(bias: View, units: View) -> bool:
     """Whether a leaf lies along just those axes of a value that number units."""
-    places = units.occupied()
-    return bias.occupied() == places and all(
-        bias.span[k] == units.span[k] for k in places
-    )
+    parts = [part.axis for own in units.axes for part in own if part.size > 1]
+    # An axis that was split may have been put together in another order.
+    whole = len(parts) == len({*parts})
+    return whole and bias.occupied() == units.occupied() and bias.span == units.span
+
+
+def _is_plain(bias: View) -> bool:
+    """Whether a leaf is there as it is."""
+    return not (bias.reduced or bias.inner or bias.made)
+
+
+def _of_one(bias: View, units: View, use: Use) -> bool:
+    """Whether a leaf and units are those of the same one of several stacked layers."""
+    same = bias.order() == units.order() and not bias.doubled
+    loops = [{n for n, _ in view.own} for view in (bias, units)]
+    return same and loops[0] == loops[1] and bias.cut() == use.view.cut()
 
 
 def _settle(value: Value, name: str, notes: Notes) -> list[Use]:

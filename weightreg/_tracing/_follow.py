@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from weightreg._tracing import _contract, _elementwise, _lookup, _rearrange
 from weightreg._tracing._graph import Link, Loop
 from weightreg._tracing._values import Notes, Use, Value, constant, other, shape_of
-from weightreg._tracing._views import Part, View
+from weightreg._tracing._views import Part, Shape, View
 
 _RULES = {
     **_rearrange.RULES,
@@ -71,9 +71,8 @@ class Follower:
         if body is not None:
             return self.run(body, values)
         if all(v.is_constant for v in values):
-            loops = [v.distinct for v in values if v.distinct is not None]
-            known = max(loops, default=None)
-            return [Value(shape_of(v), distinct=known) for v in eqn.outvars]
+            rises = name == "iota" and eqn.params["dimension"] == 0
+            return [Value(shape_of(v), order=int(rises)) for v in eqn.outvars]
         return other(eqn, values, self.notes)
 
     def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
@@ -111,7 +110,9 @@ class Follower:
         consts, carry = p["num_consts"], p["num_carry"]
         graph = self.notes.graph
         loop = graph.enter(p["length"])
-        slices = [self._slice_of(v, loop) for v in values[consts + carry :]]
+        slices = [
+            self._slice_of(v, loop, p["reverse"]) for v in values[consts + carry :]
+        ]
         begin = values[consts : consts + carry]
         carried = self._carried(
             body, values[:consts], begin, slices, loop, body.jaxpr.outvars[:carry]
@@ -157,34 +158,34 @@ class Follower:
             if new == kinds:
                 break
             kinds = new
-        variables = body.jaxpr.invars[len(consts) : len(consts) + len(begin)]
+        first = len(consts)
+        variables = body.jaxpr.invars[first : first + len(begin)]
         return [
-            self._carry(value, kind, variable is out, loop, [*consts, *begin, *slices])
+            self._carry(value, kind, _change(body, variable, out), loop)
+            if kind != _PARAMETERS or variable is out
+            else _unplaced(value.shape, [*consts, *begin, *slices], loop)
             for value, kind, variable, out in zip(
                 begin, kinds, variables, outs, strict=True
             )
         ]
 
     def _carry(
-        self, value: Value, kind: int, still: bool, loop: Loop, rest: Sequence[Value]
+        self, value: Value, kind: int, change: float | None, loop: Loop
     ) -> Value:
-        """What one carry is in any round."""
-        notes, name = self.notes, "scan" if loop.rounds < math.inf else "while"
-        if still:
+        """What one carry is in any round, given what is added to it in each."""
+        notes = self.notes
+        if change == 0:
             return value
         if kind == _DATA:
-            notes.end(value, name)
+            notes.end(value, _name(loop))
             sources = [] if value.node is None else [(value.node, value.link)]
             node = notes.graph.add("carry", sources)
             loop.carries.append(node)
             return Value(value.shape, node)
-        if kind == _PARAMETERS:
-            made = dict.fromkeys(
-                (x.leaf, (*x.made, name)) for v in rest for x in v.views
-            )
-            views = [View.unplaced(leaf, value.shape, own) for leaf, own in made]
-            return Value(value.shape, views=tuple(views))
-        return Value(value.shape, distinct=loop.number)
+        if change is None:
+            return Value(value.shape)
+        order = 1 if change > 0 else -1
+        return Value(value.shape, distinct=loop.number, order=order)
 
     def _close(
         self,
@@ -208,7 +209,7 @@ class Follower:
     def _note_summed(self, before: Value, after: Value, loop: Loop) -> None:
         """Notes down slices of a weight whose results a loop adds up."""
         for use, _ in self._sums(before, after):
-            own = tuple(a for n, a in use.view.own if n == loop.number)
+            own = tuple(a for n, a in use.view.own if n == loop.number and a >= 0)
             if own:
                 self.notes.summed.append((use, own))
 
@@ -243,21 +244,24 @@ class Follower:
                 ends.append(Value(before.shape, node, labels=after.labels, fresh=fresh))
         return ends
 
-    def _slice_of(self, value: Value, loop: Loop) -> Value:
+    def _slice_of(self, value: Value, loop: Loop, reverse: bool) -> Value:
         """What a round of a loop gets of a value that it goes through."""
+        order = -value.order if reverse else value.order
         if value.is_constant:
-            return Value(value.shape[1:], distinct=loop.number, known=value.known)
-        views = []
-        for view in value.views:
-            own = {(loop.number, a) for a in view.at([0])}
-            views.append(dataclasses.replace(view, own=view.own | own).without([0]))
+            distinct = loop.number if order else None
+            return Value(
+                value.shape[1:], distinct=distinct, order=order, known=value.known
+            )
+        leaves = [view.leaf for view in value.views]
+        views = tuple(
+            _slice_of_view(view, loop, reverse, leaves.count(view.leaf) == 1)
+            for view in value.views
+        )
         labels = tuple((use, view.without([0])) for use, view in value.labels)
         link = value.link
         if value.node is not None:
             link = link.then(Link(("scan",)))
-        return value.but(
-            shape=value.shape[1:], views=tuple(views), labels=labels, link=link
-        )
+        return value.but(shape=value.shape[1:], views=views, labels=labels, link=link)
 
     def _stack_of(self, value: Value, loop: Loop, length: int) -> Value:
         """What is left of a value after all rounds: one for each, stacked."""
@@ -266,7 +270,7 @@ class Follower:
         views = []
         for view in value.views:
             placed = view.broadcast(value.shape, shape, kept)
-            axes = [a for n, a in view.own if n == loop.number]
+            axes = [a for n, a in view.own if n == loop.number and a >= 0]
             if axes:
                 rows, spans = list(placed.axes), placed.span
                 rows[0] = (Part(axes[0], length),)
@@ -288,6 +292,50 @@ class Follower:
             multiple=None,
             sign=None,
         )
+
+
+def _name(loop: Loop) -> str:
+    return "scan" if loop.rounds < math.inf else "while"
+
+
+def _unplaced(shape: Shape, values: Sequence[Value], loop: Loop) -> Value:
+    """What a loop has made of parameters."""
+    made = dict.fromkeys(
+        (x.leaf, (*x.made, _name(loop))) for v in values for x in v.views
+    )
+    return Value(
+        shape, views=tuple(View.unplaced(leaf, shape, own) for leaf, own in made)
+    )
+
+
+def _slice_of_view(view: View, loop: Loop, reverse: bool, once: bool) -> View:
+    """A leaf in a round of a loop that goes through an axis of the value.
+
+    It has slices of its own in each round if the axis is one of the leaf's, and is
+    there in one round only if it was stacked with others.
+    """
+    axes = [part.axis for part in view.axes[0]]
+    own, turned = view.own, view.turned
+    if once and len(axes) == 1 and axes[0] is not None and axes[0] not in view.doubled:
+        own |= {(loop.number, axes[0])}
+        turned |= {axes[0]} if reverse else set()
+    elif once and not axes and view.span[0][1] == 1:
+        own |= {(loop.number, -1)}
+    return dataclasses.replace(view, own=own, turned=turned).without([0])
+
+
+def _change(body: ClosedJaxpr, variable: Any, out: Any) -> float | None:
+    """What a loop adds to a carry in each round, ``None`` if that is not a number."""
+    if variable is out:
+        return 0
+    for eqn in body.jaxpr.eqns:
+        if out in eqn.outvars and eqn.primitive.name in ("add", "sub"):
+            sign = 1 if eqn.primitive.name == "add" else -1
+            numbers = [a.val for a in eqn.invars if isinstance(a, Literal)]
+            if variable in [a for a in eqn.invars if not isinstance(a, Literal)]:
+                first = eqn.invars[0] is variable or sign > 0
+                return sign * float(numbers[0]) or None if numbers and first else None
+    return None
 
 
 def _readers(jaxpr: Jaxpr) -> collections.Counter:

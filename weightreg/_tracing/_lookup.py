@@ -27,7 +27,8 @@ def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
         # A list of rows that is known beforehand: some of the slices, in some order.
         count = shape[rows[0]]
         places[chosen[0]] = rows[0]
-        place = lambda view: _spread(view.picked(chosen[0], count), places, shape)  # noqa: E731
+        rows_of = lambda view: view.picked(chosen[0], count, indices.order)  # noqa: E731
+        place = lambda view: _spread(rows_of(view), places, shape)  # noqa: E731
         return [put(value, place, shape, "gather", notes)]
     if known and rows and chosen:
         return other(eqn, values, notes)
@@ -64,7 +65,8 @@ def _looked(view: View, chosen: Sequence[int], indices: Value) -> View:
     axes = view.at(chosen)
     if indices.node is None:
         own = {(indices.distinct, a) for a in axes if indices.distinct is not None}
-        return dataclasses.replace(view, own=view.own | own)
+        turned = view.turned | frozenset(axes if indices.order < 0 else ())
+        return dataclasses.replace(view, own=view.own | own, turned=turned)
     return dataclasses.replace(view, looked=view.looked | frozenset(axes))
 
 

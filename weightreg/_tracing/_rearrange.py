@@ -88,6 +88,7 @@ def put(
         labels=tuple((use, view) for use, view in labels if view is not None),
         multiple=None,
         sign=None,
+        order=value.order if value.shape[:1] == shape[:1] or not value.shape else 0,
     )
 
 

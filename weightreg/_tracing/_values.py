@@ -42,6 +42,9 @@ class Use:
       shape: The shape of the array that a weight is applied to.
       outer: Whether that array is an outer product of others.
       bias: The leaf that is added to the units.
+      biases: How many leaves are.
+      factor: What its numbers are at most multiplied by before, infinite where they are
+        repeated.
       gone: Whether the use has turned out to be a part of another.
     """
 
@@ -58,6 +61,8 @@ class Use:
     shape: Shape = ()
     outer: bool = False
     bias: int | None = None
+    biases: int = 0
+    factor: float = 1.0
     gone: bool = False
 
     def unseen(self) -> tuple[int, ...]:
@@ -85,6 +90,8 @@ class Value:
       outer: Whether it is a product of data along axes of their own.
       known: The number that a constant repeats, if it does.
       distinct: The loop in whose rounds a constant has different numbers.
+      order: Whether the numbers of a constant, along its first axis or from round to
+        round, rise (1), are different ones in another order (-1), or may repeat (0).
       multiple: The value that it is a multiple of, by its number, and the factor.
       sign: The value whose sign it tells, by its number.
       summands: Layers to whose units the value of another node was added, and the node.
@@ -104,6 +111,7 @@ class Value:
     outer: bool = False
     known: float | None = None
     distinct: int | None = None
+    order: int = 0
     multiple: tuple[int, float] | None = None
     sign: int | None = None
     summands: tuple[tuple[Use, int], ...] = ()
@@ -147,7 +155,15 @@ def constant(x: Any) -> Value:
     numbers = np.asarray(x)
     first = numbers.flat[0]
     known = float(first) if np.all(numbers == first) else None
-    return Value(shape, known=known, most=float(np.max(np.abs(numbers * 1.0))))
+    most = float(np.max(np.abs(numbers * 1.0)))
+    return Value(shape, known=known, most=most, order=_order_of(numbers))
+
+
+def _order_of(numbers: np.ndarray) -> int:
+    """Whether numbers in a row rise, are at least different ones, or may repeat."""
+    if numbers.ndim != 1 or len(np.unique(numbers)) < len(numbers):
+        return 0
+    return 1 if np.all(np.diff(numbers) > 0) else -1
 
 
 class Notes:

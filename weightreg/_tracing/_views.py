@@ -39,6 +39,7 @@ class View:
       span: For each axis of the value where the leaf begins and how long it is, which
         differs from the whole where several leaves have been joined.
       region: For each axis of the leaf the stretch of it that is there.
+      shape: The shape of the leaf.
       inner: Axes of the leaf that were contracted with constants or parameters.
       partner: Whether parameters were among these.
       own: Pairs of a loop and an axis of the leaf, of which each round has another
@@ -46,6 +47,7 @@ class View:
       turned: Axes of the leaf whose slices are in another order.
       doubled: Axes of the leaf of which slices may be there twice.
       looked: Axes of the leaf along which data have chosen.
+      factor: What its numbers were at most multiplied by.
       made: The primitives that have combined the leaf with others, or changed it.
       reduced: The primitive after which only a statistic of the leaf is there, such as
         its norm, or ``""``.
@@ -55,12 +57,14 @@ class View:
     axes: tuple[tuple[Part, ...], ...]
     span: tuple[tuple[int, int], ...]
     region: tuple[tuple[int, int], ...]
+    shape: Shape
     inner: frozenset[int] = frozenset()
     partner: bool = False
     own: frozenset[tuple[int, int]] = frozenset()
     turned: frozenset[int] = frozenset()
     doubled: frozenset[int] = frozenset()
     looked: frozenset[int] = frozenset()
+    factor: float = 1.0
     made: tuple[str, ...] = ()
     reduced: str = ""
 
@@ -69,13 +73,13 @@ class View:
         """All of a leaf as it is."""
         axes = tuple((Part(axis, size),) for axis, size in enumerate(shape))
         span = tuple((0, size) for size in shape)
-        return cls(leaf, axes, span, span)
+        return cls(leaf, axes, span, span, shape)
 
     @classmethod
     def unplaced(cls, leaf: int, shape: Shape, made: tuple[str, ...]) -> "View":
         """A leaf of which it is not known how it lies in a value of some shape."""
         span = tuple((0, size) for size in shape)
-        return cls(leaf, ((),) * len(shape), span, (), made=made, reduced=made[-1])
+        return cls(leaf, ((),) * len(shape), span, (), (), made=made, reduced=made[-1])
 
     def at(self, axes: Iterable[int]) -> tuple[int, ...]:
         """The axes of the leaf that some axes of the value are made of, in order."""
@@ -101,6 +105,22 @@ class View:
         if not any(view.axes):
             view = dataclasses.replace(view, reduced=view.reduced or name)
         return view.marked(name) if partner else view
+
+    def times(self, factor: float) -> "View":
+        """The view after a product with numbers that are at most so large."""
+        return dataclasses.replace(self, factor=self.factor * factor)
+
+    def cut(self) -> list[tuple[int, int]]:
+        """The stretches of those axes of the leaf of which only a slice is left."""
+        seen = {*self.at(range(len(self.axes))), *self.inner}
+        taken = {*self.looked, *(a for _, a in self.own)}
+        left = set(range(len(self.region))) - seen - taken
+        return [self.region[a] for a in sorted(left) if self.shape[a] != 1]
+
+    def order(self) -> bool:
+        """Whether its slices and its rows are in the order of the leaf."""
+        rows = self.at(self.occupied())
+        return not self.turned & {*rows, *(a for _, a in self.own)}
 
     def permuted(self, permutation: Sequence[int]) -> "View":
         """The view after a transposition."""
@@ -172,13 +192,13 @@ class View:
             self, axes=tuple(axes), span=tuple(span), region=region
         )
 
-    def picked(self, axis: int, count: int) -> "View":
-        """The view after ``count`` of its rows were picked, whichever they are."""
+    def picked(self, axis: int, count: int, order: int) -> "View":
+        """The view after ``count`` of its rows were picked in some order."""
         axes, span, rows = list(self.axes), list(self.span), self.at([axis])[:1]
         axes[axis] = tuple(Part(a, count) for a in rows)
         span[axis] = 0, count
         view = dataclasses.replace(self, axes=tuple(axes), span=tuple(span))
-        return view.reversed([axis], twice=True)
+        return view if order > 0 else view.reversed([axis], twice=order == 0)
 
     def reversed(self, axes: Sequence[int], twice: bool = False) -> "View":
         """The view in another order along some axes, perhaps with some rows twice."""
