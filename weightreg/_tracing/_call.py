@@ -1,5 +1,6 @@
 """The call of a layer: what the leaves are that its weight is made of."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,9 +89,16 @@ def _weight_use(
     elif not inputs or (not outputs and full):
         kinds = [KINDS[n] for n in view.made if n in KINDS]
         return notes.use("scale" if full or not kinds else kinds[-1], name, view)
-    if set(inputs) & set(outputs):
+    # A row of numbers that is repeated for the units, as on a diagonal, is no weight.
+    repeated = not outputs and any(weight.shape[k] > 1 for k in kept)
+    if set(inputs) & set(outputs) or repeated:
         return notes.use("other", name, view)
-    return notes.use("weight", name, view, inputs=inputs, outputs=outputs)
+    alone = all(k in view.occupied() for k in (*kept, *gone) if weight.shape[k] > 1)
+    single = all(part.axis is not None for own in view.axes for part in own)
+    factor = view.factor if alone and single else math.inf
+    return notes.use(
+        "weight", name, view, inputs=inputs, outputs=outputs, factor=factor
+    )
 
 
 def _is_whole(view: View, gone: Sequence[int], kept: Sequence[int]) -> bool:

@@ -63,9 +63,10 @@ def _dot(
     places = [_places(values, gone, batch, side) for side in (0, 1)]
     if all(v.node is None for v in values):
         partner = all(v.is_parameter for v in values)
+        empty = any(v.known == 0 for v in values)
         views = [
             onto(
-                view.contracted(gone[side], partner, "dot_general"),
+                view.contracted(gone[side], partner, empty, "dot_general"),
                 places[side],
                 gone[side],
                 shape,

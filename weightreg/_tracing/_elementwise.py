@@ -286,7 +286,8 @@ def _settle(value: Value, name: str, notes: Notes) -> list[Use]:
     uses = []
     kind = KINDS.get(name, "other")
     for view in value.views:
-        if view.inner and not view.partner and not view.reduced:
+        if view.empty and not view.partner and not view.reduced:
+            # A layer is called on zeros, as recurrences begin.
             _inner_use(view, notes, notes.graph.add("call", []))
         elif view.partner or kind == "other":
             name = "dot_general" if view.partner else name

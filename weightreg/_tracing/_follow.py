@@ -14,7 +14,7 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from weightreg._tracing import _contract, _elementwise, _lookup, _rearrange
-from weightreg._tracing._graph import Link, Loop
+from weightreg._tracing._graph import SAME, Link, Loop
 from weightreg._tracing._values import Notes, Use, Value, constant, other, shape_of
 from weightreg._tracing._views import Part, Shape, View
 
@@ -118,7 +118,7 @@ class Follower:
             body, values[:consts], begin, slices, loop, body.jaxpr.outvars[:carry]
         )
         outs = self.run(body, [*values[:consts], *carried, *slices])
-        self._close(loop, carried, outs[:carry], values[:consts])
+        self._close(loop, carried, outs[:carry])
         ends = self._ends(begin, carried, outs[:carry])
         stacked = [self._stack_of(v, loop, p["length"]) for v in outs[carry:]]
         return [*ends, *stacked]
@@ -135,10 +135,10 @@ class Follower:
         loop = self.notes.graph.enter(math.inf)
         body = p["body_jaxpr"]
         carried = self._carried(body, consts, begin, [], loop, body.jaxpr.outvars)
-        self.run(p["cond_jaxpr"], [*test, *carried])
+        (goes_on,) = self.run(p["cond_jaxpr"], [*test, *carried])
         outs = self.run(body, [*consts, *carried])
-        self._close(loop, carried, outs, consts)
-        return self._ends(begin, carried, outs)
+        self._close(loop, carried, outs)
+        return self._ends(begin, carried, outs, goes_on)
 
     def _carried(
         self,
@@ -192,7 +192,6 @@ class Follower:
         loop: Loop,
         carried: Sequence[Value],
         outs: Sequence[Value],
-        consts: Sequence[Value],
     ) -> None:
         """Feeds the carries of a loop with what its rounds have made of them."""
         graph = self.notes.graph
@@ -227,9 +226,13 @@ class Follower:
         ]
 
     def _ends(
-        self, begin: Sequence[Value], carried: Sequence[Value], outs: Sequence[Value]
+        self,
+        begin: Sequence[Value],
+        carried: Sequence[Value],
+        outs: Sequence[Value],
+        goes_on: Value | None = None,
     ) -> list[Value]:
-        """What a loop has carried after its last round."""
+        """What a loop has carried after its last round, of which data may decide."""
         graph, ends = self.notes.graph, []
         for first, before, after in zip(begin, carried, outs, strict=True):
             if before is first:
@@ -240,6 +243,8 @@ class Follower:
                 ends.append(after.but(shape=before.shape))
             else:
                 node = graph.add("exit", [(after.node, after.link)])
+                if goes_on is not None and goes_on.node is not None:
+                    node = self.notes.join("while", [Value((), node), goes_on])
                 fresh = bool(self._sums(before, after))
                 ends.append(Value(before.shape, node, labels=after.labels, fresh=fresh))
         return ends
@@ -283,8 +288,13 @@ class Follower:
             (use, view.broadcast(value.shape, shape, kept))
             for use, view in value.labels
         )
+        node, link = value.node, value.link
+        if node is not None:
+            node, link = self.notes.graph.add("each", [(node, link)]), SAME
         return value.but(
             shape=shape,
+            node=node,
+            link=link,
             views=tuple(views),
             labels=labels,
             distinct=None,

@@ -46,7 +46,8 @@ class Node:
 
     Attributes:
       kind: ``"input"``, ``"call"``, ``"join"`` of several values, ``"loop"``, which
-        only marks where one begins, ``"carry"``, ``"exit"``, or ``"output"``.
+        only marks where one begins, ``"carry"``, ``"exit"``, ``"each"`` (the results of
+        all rounds), or ``"output"``.
       sources: The nodes that it is computed from. A carry has those before the loop.
       again: The sources of a carry in all rounds but the first.
       inputs: The inputs of the network that it depends on.
@@ -104,16 +105,24 @@ class Graph:
         They are the node itself, unless it is one of those that loops have.
         """
         found: dict[int, Link] = {}
-        seen, waiting = set(), [(number, link)]
+        seen: dict[int, Link] = {}
+        turns = False
+        waiting = [(number, link)]
         while waiting:
             number, link = waiting.pop()
             node = self.nodes[number]
-            if node.kind not in ("carry", "exit"):
+            if node.kind not in ("carry", "exit", "each"):
                 found[number] = worst(found.get(number), link)
             elif number not in seen:
-                seen.add(number)
+                seen[number] = link
                 before = [*node.sources, *node.again]
                 waiting += [(n, other.then(link)) for n, other in before]
+            else:
+                first = seen[number]
+                grows = link.slope > first.slope * (1 + 1e-9)
+                turns = turns or grows or link.degree != first.degree
+        if turns:  # Each round of a loop adds to what lies between.
+            return {n: Link(x.primitives, None, math.inf) for n, x in found.items()}
         return found
 
     def before(self, number: int) -> frozenset[int]:

@@ -1,6 +1,7 @@
 """Slices of parameters that lists, loops or data choose: look-ups and experts."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     """Slices that are looked up."""
     value, indices = values
     shape = shape_of(eqn.outvars[0])
-    if not value.is_parameter:
+    if not value.views or any(view.looked for view in value.views):
         node, link = notes.combine(eqn, values)
         return [Value(shape, node, link)]
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
@@ -30,12 +31,37 @@ def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
         rows_of = lambda view: view.picked(chosen[0], count, indices.order)  # noqa: E731
         place = lambda view: _spread(rows_of(view), places, shape)  # noqa: E731
         return [put(value, place, shape, "gather", notes)]
+    if known and rows and len(chosen) == 1:
+        return [_listed(eqn, value, chosen[0], places, rows, notes)]
     if known and rows and chosen:
         return other(eqn, values, notes)
     for axis in chosen:
         places.pop(axis, None)
     place = lambda view: _spread(_looked(view, chosen, indices), places, shape)  # noqa: E731
     return [_chosen(eqn, value, indices, place, shape, notes)]
+
+
+def _listed(
+    eqn: Any,
+    value: Value,
+    chosen: int,
+    places: Mapping[int, int],
+    rows: Sequence[int],
+    notes: Notes,
+) -> Value:
+    """Rows that a list of several axes picks, which is known beforehand."""
+    shape = shape_of(eqn.outvars[0])
+    sizes = [shape[k] for k in rows]
+
+    def place(view: View) -> View:
+        picked = view.picked(chosen, math.prod(sizes), 0)
+        listed = (*value.shape[:chosen], *sizes, *value.shape[chosen + 1 :])
+        old = (*value.shape[:chosen], math.prod(sizes), *value.shape[chosen + 1 :])
+        there = {k + (k > chosen) * (len(rows) - 1): n for k, n in places.items()}
+        there |= {chosen + i: row for i, row in enumerate(rows)}
+        return _spread(picked.reshaped(old, listed), there, shape)
+
+    return put(value, place, shape, "gather", notes)
 
 
 def _gathered(numbers: Any, ndim: int, rows: Sequence[int]) -> dict[int, int]:
@@ -82,10 +108,14 @@ def _chosen(
     name = eqn.primitive.name
     if indices.node is None:
         return put(value, place, shape, name, notes)
-    node = notes.join(name, [indices])
+    node = notes.join(name, [value, indices])
     views = tuple(map(place, value.views))
-    uses = tuple(notes.use("embedding", name, view) for view in views)
-    return Value(shape, node, views=views, uses=uses)
+    for use in value.uses:  # Of what data have changed, as by dropout, rows are taken.
+        use.gone = True
+    uses = []
+    for view in views:
+        uses.append(notes.use("embedding" if view.looked else "other", name, view))
+    return Value(shape, node, views=views, uses=tuple(uses))
 
 
 def dynamic_slice(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
@@ -124,4 +154,12 @@ def _box(
     return sliced(view, starts, stops, (1,) * len(shape))
 
 
-RULES = {"gather": gather, "dynamic_slice": dynamic_slice}
+def scatter(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
+    """A value of which some numbers are replaced."""
+    value, *rest = values
+    if value.is_parameter and all(v.is_constant for v in rest):
+        return [value.but(views=tuple(view.marked("scatter") for view in value.views))]
+    return other(eqn, values, notes)
+
+
+RULES = {"gather": gather, "dynamic_slice": dynamic_slice, "scatter": scatter}

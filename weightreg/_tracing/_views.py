@@ -42,6 +42,7 @@ class View:
       shape: The shape of the leaf.
       inner: Axes of the leaf that were contracted with constants or parameters.
       partner: Whether parameters were among these.
+      empty: Whether zeros were.
       own: Pairs of a loop and an axis of the leaf, of which each round has another
         slice. The axis is -1 where the leaf is there in one round only.
       turned: Axes of the leaf whose slices are in another order.
@@ -60,6 +61,7 @@ class View:
     shape: Shape
     inner: frozenset[int] = frozenset()
     partner: bool = False
+    empty: bool = False
     own: frozenset[tuple[int, int]] = frozenset()
     turned: frozenset[int] = frozenset()
     doubled: frozenset[int] = frozenset()
@@ -96,12 +98,16 @@ class View:
         made = tuple(dict.fromkeys((*self.made, *names)))
         return dataclasses.replace(self, made=made)
 
-    def contracted(self, axes: Sequence[int], partner: bool, name: str) -> "View":
+    def contracted(
+        self, axes: Sequence[int], partner: bool, empty: bool, name: str
+    ) -> "View":
         """The view without axes that were contracted with another value's."""
-        inner = self.inner | frozenset(self.at(axes))
         view = dataclasses.replace(
-            self, inner=inner, partner=self.partner or partner
-        ).without(axes)
+            self.without(axes),
+            inner=self.inner | frozenset(self.at(axes)),
+            partner=self.partner or partner,
+            empty=self.empty or empty,
+        )
         if not any(view.axes):
             view = dataclasses.replace(view, reduced=view.reduced or name)
         return view.marked(name) if partner else view
