@@ -95,9 +95,9 @@ class Network:
         for weights without units, which no matrix is).
       open: What the computation leaves open, as sentences. ``stack=`` decides it.
       shapes: The shape of each leaf, by its path.
-      links: For pairs of layers that are a chain, by their paths, what keeps them from
-        being rescaled against each other, ``""`` for nothing. A pair of the same layer
-        twice tells of stacked layers.
+      links: For pairs of neighbours that are a chain, by their paths, what keeps scale
+        from being shifted between them, ``""`` for nothing.
+      fixed: What keeps each layer from being rescaled, by its path, ``""`` for nothing.
       unbounded: Why the product of the layers' norms does not bound the network's, or
         ``""`` where it does.
     """
@@ -109,6 +109,7 @@ class Network:
     open: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     links: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unbounded: str = ""
 
     def __repr__(self) -> str:
@@ -151,7 +152,8 @@ def _notes(layer: WeightLayer) -> str:
     """What else the table says of a weight."""
     notes = []
     if layer.convolves:
-        window = (layer.shape[a] for a in layer.input_axes[:-1])
+        axes = layer.input_axes[: len(layer.strides)]
+        window = (layer.shape[a] for a in axes)
         notes.append(f"window {'x'.join(map(str, window))}")
     if any(s != 1 for s in layer.strides):
         notes.append(f"strides {'x'.join(map(str, layer.strides))}")

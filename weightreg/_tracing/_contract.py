@@ -239,7 +239,8 @@ def _stacked_kernels(
             break
         groups //= part.size
         # Where it is repeated, `vmap` has merged a batch of the data into groups.
-        stacked += [part.axis] * (part.axis is not None)
+        if part.axis is not None:
+            stacked.append(part.axis)
     return tuple(stacked), groups
 
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from weightreg._core._network import WeightLayer
-from weightreg._tracing._graph import Graph, Link, worst
 from weightreg._tracing._values import Notes, Use
 from weightreg._tracing._views import Shape, overlap
 
@@ -47,8 +46,11 @@ class Roles:
         for use in notes.uses:
             if not use.gone:
                 self.uses[use.leaf].append(use)
-        for leaf, uses in self.uses.items():
-            self.uses[leaf] = [u for u in uses if not u.weak] or uses
+        self.all = self.uses
+        self.uses = {
+            leaf: [use for use in uses if not use.weak] or uses
+            for leaf, uses in self.all.items()
+        }
         self.summed: dict[int, set[int]] = {}
         for use, axes in notes.summed:
             self.summed.setdefault(use.leaf, set()).update(axes)
@@ -104,6 +106,29 @@ class Roles:
                 )
         return sentences
 
+    def fixed(self, leaf: Leaf) -> str:
+        """Why a weight cannot be rescaled by itself, or ``""``."""
+        layer, calls = self._layer(leaf), self.calls_of(leaf)
+        others = [use for use in self.all[leaf.index] if use.kind != "weight"]
+        if layer.calls != 1:
+            count = "an unknown number of" if layer.calls is None else layer.calls
+            return f"it is called {count} times, and each call would be rescaled"
+        if layer.combined:
+            return (
+                f"the weight is made from it and others ({', '.join(layer.combined)})"
+            )
+        if others:
+            return f"it has another use ({', '.join({u.name: 0 for u in others})})"
+        biases = {use.bias for use in calls if use.bias is not None}
+        if layer.bias is None and biases:
+            return "it has several biases, or not at each call"
+        for bias in biases:
+            if any(use.kind != "bias" for use in self.all[bias]) or len(
+                self.all[bias]
+            ) != len(calls):
+                return f"its bias {self.leaves[bias].path} has another use"
+        return ""
+
     def _doubts(self, layer: WeightLayer):
         """Axes of a weight that may be something else, with what speaks for it."""
         shared = self.shared.get(layer.index, set()) & set(layer.output_axes)
@@ -146,8 +171,9 @@ class Roles:
         details = use.convolution or {}
         size = lambda axes: math.prod(leaf.shape[a] for a in axes)  # noqa: E731
         window = size(inputs[: use.window]) if use.window else 1
-        biases = {u.bias for u in calls if u.bias is not None}
-        bias = self.leaves[biases.pop()] if len(biases) == 1 else None
+        biases = {u.bias if u.biases == 1 else None for u in calls}
+        found = biases.pop() if len(biases) == 1 else None
+        bias = None if found is None else self.leaves[found]
         if bias is not None and self.role(bias) != "bias":
             bias = None
         return WeightLayer(
@@ -186,109 +212,3 @@ class Roles:
 def _others(uses) -> str:
     """The role of a leaf that is no one thing, with the primitives that it comes to."""
     return f"other ({', '.join(dict.fromkeys(use.name for use in uses))})"
-
-
-class Chains:
-    """What lies between the layers of a network.
-
-    Args:
-      graph: What is computed from what.
-      nodes: The calls of each layer.
-      output: The node of the network's results.
-    """
-
-    def __init__(self, graph: Graph, nodes: Mapping[str, Sequence[int]], output: int):
-        self.graph = graph
-        self.output = output
-        self.owners: dict[int, list[str]] = {}
-        for path, own in nodes.items():
-            for node in dict.fromkeys(own):
-                self.owners.setdefault(node, []).append(path)
-        # What each node is computed from, and what is computed from it.
-        self.sources: dict[int, dict[int, Link]] = {}
-        self.readers: dict[int, set[int]] = {}
-        for number, node in enumerate(graph.nodes):
-            if node.kind in ("call", "join", "output"):
-                found: dict[int, Link] = {}
-                for source, link in node.sources:
-                    for n, own in graph.origins(source, link).items():
-                        found[n] = worst(found.get(n), own)
-                        self.readers.setdefault(n, set()).add(number)
-                self.sources[number] = found
-
-    def link(self, first: str, second: str, nodes: Mapping) -> Link | None:
-        """What lies between two layers that are a chain, or ``None``."""
-        links: list[Link] = []
-        for node in nodes[second]:
-            if len(self.owners[node]) != 1 or len(self.graph.nodes[node].sources) != 1:
-                return None
-            for source, link in self.sources[node].items():
-                owner = self.owners.get(source, [])
-                if owner == [first]:
-                    links.append(link)
-                elif owner != [second]:
-                    return None
-        for node in nodes[first]:
-            for reader in self.readers.get(node, ()):
-                if self.owners.get(reader, []) not in ([first], [second]):
-                    return None
-        found: Link | None = None
-        for link in links:
-            found = worst(found, link)
-        return found
-
-    def again(self, path: str, nodes: Mapping) -> Link | None:
-        """What lies between a layer's results and its own next call, if it has one."""
-        found: Link | None = None
-        for node in nodes[path]:
-            for source, link in self.sources[node].items():
-                if path in self.owners.get(source, []):
-                    found = worst(found, link)
-        return found
-
-    def unbounded(self, layers: Sequence[WeightLayer]) -> str:
-        """Why the product of all layers' norms is no bound of the network's, or ``""``.
-
-        Every layer has to be called on the results of one other, or on the input, with
-        nothing between that enlarges distances.
-        """
-        waiting, seen = [self.output], set()
-        while waiting:
-            node = waiting.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if reason := self._reason(node):
-                return reason
-            waiting += self.sources.get(node, ())
-        on_the_way = {path for n in seen for path in self.owners.get(n, ())}
-        for layer in layers:
-            if layer.path not in on_the_way:
-                return f"{layer.path} does not lie between the inputs and the results"
-            if layer.calls is None:
-                return f"how often {layer.path} is called is not known"
-        return ""
-
-    def _reason(self, number: int) -> str:
-        node = self.graph.nodes[number]
-        name = self._name(number)
-        if node.kind == "join":
-            what = node.sources[0][1].primitives[-1:] if node.sources else ()
-            return f"branches come together ({', '.join(what)})"
-        if node.kind == "call" and (
-            len(node.sources) != 1 or len(self.owners.get(number, ())) != 1
-        ):
-            return f"{name} is not called on one array alone"
-        for source, link in self.sources.get(number, {}).items():
-            if link.slope > 1 + 1e-6:
-                between = ", ".join(link.primitives) or "nothing"
-                return (
-                    f"what lies between {self._name(source)} and {name} ({between}) is "
-                    "not known to keep all distances from growing"
-                )
-        return ""
-
-    def _name(self, number: int) -> str:
-        kinds = {"input": "the input", "output": "the result"}
-        node = self.graph.nodes[number]
-        return kinds.get(node.kind) or ", ".join(self.owners.get(number, ["a branch"]))

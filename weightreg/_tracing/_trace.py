@@ -15,9 +15,10 @@ from optax.contrib import MuonDimensionNumbers
 
 from weightreg._core._arguments import leaf_path
 from weightreg._core._network import Network, WeightLayer
+from weightreg._tracing._chains import Chains
 from weightreg._tracing._follow import Follower
 from weightreg._tracing._graph import Link
-from weightreg._tracing._roles import Chains, Leaf, Roles
+from weightreg._tracing._roles import Leaf, Roles
 from weightreg._tracing._values import Value
 from weightreg._tracing._views import View
 
@@ -148,7 +149,11 @@ def _read(
     roles = Roles(known, notes, _stacked(stack, known))
     layers = roles.layers()
     _check_stacks(stack, layers)
-    nodes = {layer.path: roles.nodes(known[layer.index]) for layer in layers}
+    uses = {layer.path: roles.calls_of(known[layer.index]) for layer in layers}
+    nodes = {
+        path: [use.node for use in own if use.node is not None]
+        for path, own in uses.items()
+    }
     chains = Chains(notes.graph, nodes, output)
     between = [chains.link(a.path, b.path, nodes) for a, b in _pairs(layers)]
     links = {
@@ -156,10 +161,12 @@ def _read(
         for (a, b), link in zip(_pairs(layers), between, strict=True)
         if link is not None
     }
+    fixed = {layer.path: roles.fixed(known[layer.index]) for layer in layers}
     for layer in layers:
-        link = chains.again(layer.path, nodes)
-        if link is not None:
-            links[layer.path, layer.path] = _unscalable(link)
+        if not fixed[layer.path] and layer.stack_axes:
+            link = chains.in_order(uses[layer.path], layer.stack_axes)
+            apart = "its stacked layers are not called one on another's results"
+            fixed[layer.path] = apart if link is None else _unscalable(link)
     dims: list[Any] = [None] * len(leaves)
     for layer in layers:
         if layer.output_axes:
@@ -173,7 +180,8 @@ def _read(
         open=tuple(roles.open()),
         shapes={leaf.path: leaf.shape for leaf in known},
         links=links,
-        unbounded=chains.unbounded(layers),
+        fixed=fixed,
+        unbounded=chains.unbounded(layers, uses),
     )
 
 
@@ -266,8 +274,9 @@ def is_array(leaf: Any) -> bool:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
+    sharding = getattr(leaf, "sharding", None)
+    placed = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=placed)
 
 
 def _put(leaves: Sequence[Any], where: Sequence[int], new: Sequence[Any]) -> list[Any]:

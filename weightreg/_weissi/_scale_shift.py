@@ -217,24 +217,11 @@ def _check_scalable(caller: str, chain: Chain) -> None:
     """Refuses layers of a traced network between which no scale can be shifted."""
     if chain.net is None:
         return
-    links = chain.net.links
     for layer in chain.layers:
-        if layer.calls != 1:
-            calls = "an unknown number of" if layer.calls is None else layer.calls
-            reason = f"it is called {calls} times, and each call would be rescaled"
-        elif layer.combined:
-            made = ", ".join(layer.combined)
-            reason = f"the weight is made from it and others ({made})"
-        elif math.prod(stack_of(layer)) > 1:
-            same = links.get((layer.path, layer.path))
-            reason = "its stacked layers are not called one on another's results"
-            reason = reason if same is None else same
-        else:
-            reason = ""
-        if reason:
+        if reason := chain.net.fixed[layer.path]:
             raise ValueError(f"{caller} cannot rescale {layer.path}: {reason}.")
     for layer, following in itertools.pairwise(chain.layers):
-        reason = links.get(
+        reason = chain.net.links.get(
             (layer.path, following.path),
             "the second is not called on the results of the first alone, or the first "
             "feeds others",
