@@ -49,7 +49,18 @@ def elementwise(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
         return cases[:1]  # One value in all cases, as where gradients are stopped.
     if all(v.node is None for v in values):
         return [_of_parameters(eqn, values, shape, notes)]
+    values = [_on_zeros(v, notes) for v in values]
     return [_with_data(eqn, values, shape, notes)]
+
+
+def _on_zeros(value: Value, notes: Notes) -> Value:
+    """What a layer makes of zeros, on which recurrences call it first."""
+    empty = [v.empty and not v.partner and not v.reduced for v in value.views]
+    if value.node is not None or not empty or not all(empty):
+        return value
+    node = notes.graph.add("call", [])
+    labels = tuple((_inner_use(view, notes, node), view) for view in value.views)
+    return Value(value.shape, node, labels=labels, fresh=True)
 
 
 def random_bits(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
@@ -286,10 +297,7 @@ def _settle(value: Value, name: str, notes: Notes) -> list[Use]:
     uses = []
     kind = KINDS.get(name, "other")
     for view in value.views:
-        if view.empty and not view.partner and not view.reduced:
-            # A layer is called on zeros, as recurrences begin.
-            _inner_use(view, notes, notes.graph.add("call", []))
-        elif view.partner or kind == "other":
+        if view.partner or kind == "other":
             name = "dot_general" if view.partner else name
             uses.append(notes.use("other", name, view))
         else:
