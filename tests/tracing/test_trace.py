@@ -473,3 +473,238 @@ def test_equinox_modules_are_trees_of_parameters():
     volumes = wr.he_volume(0.5, dims=net)(arrays)
     np.testing.assert_allclose(volumes.layers[0].weight, 0.5 * math.sqrt(6 / 8))
     assert wr.weight_mask(model, dims=net).layers[0].weight
+
+
+# Readings that are easy to get wrong.
+
+
+def test_layers_side_by_side_are_passed_once():
+    """A bound below 1 is the same for members of an ensemble as for one of them."""
+    net = read(members, ENSEMBLE, ones(2, 3), stack=0)
+    assert [layer.passes for layer in net.layers] == [1, 1]
+    volumes = wr.lipschitz_volume(0.25, dims=net)(ENSEMBLE)
+    np.testing.assert_allclose(volumes["w"], 0.5 / 5, rtol=1e-6)
+    _, params, _, net = scanned(residual=False)
+    assert [layer.passes for layer in net.layers] == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("fn", "calls"),
+    [
+        (lambda w, i: w[i], 1),
+        (lambda w, i: w[3 - i], 1),
+        (lambda w, i: w[i // 2], 4),
+        (lambda w, i: w[i % 2], 4),
+        (lambda w, i: w[jnp.minimum(i, 1)], 4),
+    ],
+)
+def test_slices_that_rounds_share_are_called_again(fn, calls):
+    step = lambda w: lambda i, h: jnp.tanh(h @ fn(w, i))  # noqa: E731
+    net = read(
+        lambda w, x: jax.lax.fori_loop(0, 4, step(w), x), ones(4, 3, 3), ones(2, 3)
+    )
+    (layer,) = net.layers
+    assert (layer.stack_axes, layer.calls, layer.passes) == ((0,), calls, 4)
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        lambda w: jnp.repeat(w, 2, 0),
+        lambda w: jnp.concatenate([w, w]),
+        lambda w: w[np.array([0, 1, 1, 0])],
+    ],
+)
+def test_slices_that_are_there_twice_are_called_again(slices):
+    fn = lambda w, x: jax.lax.scan(lambda h, w: (h @ w, None), x, slices(w))[0]  # noqa: E731
+    (layer,) = read(fn, ones(2, 3, 3), ones(2, 3)).layers
+    assert (layer.stack_axes, layer.calls) == ((0,), 4)
+
+
+def test_unrolled_layers_that_are_stacked_for_a_scan_are_called_once():
+    fn = lambda p, x: jax.lax.scan(  # noqa: E731
+        lambda h, w: (jax.nn.relu(h @ w[0] + w[1]), None),
+        x,
+        (jnp.stack([p["w"], p["v"]]), jnp.stack([p["b"], p["c"]])),
+    )[0]
+    params = {"w": ones(3, 3), "v": ones(3, 3), "b": ones(3), "c": ones(3)}
+    net = read(fn, params, ones(2, 3))
+    assert [(x.path, x.calls, x.input_axes) for x in net.layers] == [
+        ("['v']", 1, (0,)),
+        ("['w']", 1, (0,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: jax.lax.scan(block, x, (p["w"], p["b"]), reverse=True)[0],
+        lambda p, x: jax.lax.scan(block, x, (p["w"][::-1], p["b"][::-1]))[0],
+        lambda p, x: jax.lax.scan(block, x, (p["w"], p["b"][::-1]))[0],
+        lambda p, x: one(one(x, p, 1, 1), p, 0, 0),
+        lambda p, x: one(one(x, p, 0, 1), p, 1, 0),
+        lambda p, x: one(one(x, p, 0, 0), p, 1, 1) + one(x, p, 0, 0),
+        lambda p, x: one(one(x, {**p, "b": p["b"][:1]}, 0, 0), p, 1, 0),
+        lambda p, x: jax.lax.scan(tapped, x, (p["w"], p["b"])),
+    ],
+)
+def test_stacks_that_are_called_otherwise_are_not_rescaled(fn):
+    """In another order, crossed with their biases, skipped over, or read on the way."""
+    params = {"w": ones(2, 3, 3), "b": ones(2, 3)}
+    net = read(fn, params, ones(2, 3))
+    assert net.layers[0].stack_axes == (0,)
+    with pytest.raises(ValueError, match=r"cannot rescale \['w'\]"):
+        wr.shift_scales(params, [np.array([2.0, 0.5])], net)
+
+
+def one(x, p, k, j):
+    """One of two stacked layers."""
+    return jax.nn.relu(x @ p["w"][k] + p["b"][j])
+
+
+def block(x, layer):
+    return jax.nn.relu(x @ layer[0] + layer[1]), None
+
+
+def tapped(x, layer):
+    return block(x, layer)[0], x.sum()
+
+
+OTHERWISE_USED = {
+    "two biases": lambda p, x: jax.nn.relu(x @ p["w"] + p["b"] + p["c"]) @ p["v"],
+    "one bias twice": lambda p, x: jax.nn.relu(x @ p["w"] + p["b"]) @ p["v"] + p["b"],
+    "a penalty": lambda p, x: (jax.nn.relu(x @ p["w"]) @ p["v"], (p["w"] ** 2).sum()),
+    "a norm": lambda p, x: jax.nn.relu(x @ p["w"] / jnp.sum(p["w"] ** 2)) @ p["v"],
+    "an integer": lambda p, x: jax.nn.relu(x @ p["w"].astype(int)) @ p["v"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE_USED)
+def test_layers_with_another_use_are_not_rescaled(name):
+    params = {"w": ones(3, 3), "v": ones(3, 3), "b": ones(3), "c": ones(3)}
+    net = read(OTHERWISE_USED[name], params, ones(2, 3))
+    with pytest.raises(ValueError, match=r"cannot rescale \['w'\]: "):
+        wr.shift_scales(params, [2.0, 0.5], net)
+
+
+ENLARGED = {
+    "ten times": lambda p, x: x @ (10 * p) @ p,
+    "a constant": lambda p, x: x @ (p * np.arange(3.0)),
+    "repeated": lambda p, x: x @ jnp.repeat(p, 2, 1),
+    "exp": lambda p, x: x @ jnp.exp(p),
+    "several results": lambda p, x: (x @ p, x @ p),
+    "all rounds": lambda p, x: jax.lax.scan(lambda h, _: (h, h @ p), x, None, 3)[1],
+    "a loop": lambda p, x: jax.lax.fori_loop(0, 3, lambda i, h: 3 * h, x @ p),
+}
+
+
+@pytest.mark.parametrize("name", ENLARGED)
+def test_what_enlarges_a_weight_or_a_result_has_no_bound(name):
+    net = read(ENLARGED[name], ones(3, 3), ones(2, 3))
+    with pytest.raises(ValueError, match="does not hold for the traced network: "):
+        wr.gbr_bounds(ones(3, 3), dims=net)
+
+
+def rejoined(w, axis, out):
+    return jnp.stack([jnp.take(w, k, axis) for k in range(w.shape[axis])], out)
+
+
+READINGS = {
+    "noise": (
+        lambda p, x, k: x @ (p + jax.random.normal(k, (3, 4))),
+        (ones(2, 3), jax.random.PRNGKey(0)),
+        ((0,), (1,), ()),
+    ),
+    "a factor of the data": (
+        lambda p, x: x @ (p / jnp.linalg.norm(x)),
+        (ones(2, 3),),
+        ((0,), (1,), ()),
+    ),
+    "rows joined": (
+        lambda p, x: x @ rejoined(p, 0, 0),
+        (ones(2, 3),),
+        ((0,), (1,), ()),
+    ),
+    "columns joined": (
+        lambda p, x: x @ rejoined(p, 1, 1),
+        (ones(2, 3),),
+        ((0,), (1,), ()),
+    ),
+    "halves joined": (
+        lambda p, x: x @ jnp.concatenate([p[:1], p[1:]]),
+        (ones(2, 3),),
+        ((0,), (1,), ()),
+    ),
+    "a branch for each example": (
+        lambda p, x: jax.vmap(
+            lambda x: jax.lax.cond(x[0] > 0, lambda x: x @ p, lambda x: 2 * (x @ p), x)
+        )(x),
+        (ones(2, 3),),
+        ((0,), (1,), ()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_weights_are_read_through_what_moves_them(name):
+    fn, inputs, axes = READINGS[name]
+    (layer,) = read(fn, ones(3, 4), *inputs).layers
+    assert (layer.input_axes, layer.output_axes, layer.stack_axes) == axes
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_experts_are_stacked_however_many_are_chosen(count):
+    def fn(p, x):
+        gates, chosen = jax.lax.top_k(x @ p["gate"], count)
+        h = jnp.einsum("bi,bkio->bko", x, p["w"][chosen]) + p["b"][chosen]
+        return jnp.einsum("bk,bko->bo", gates, h)
+
+    params = {"gate": ones(3, 4), "w": ones(4, 3, 5), "b": ones(4, 5)}
+    net = read(fn, params, ones(2, 3))
+    assert net.roles["['b']"] == "bias"
+    gate, experts = net.layers
+    assert (gate.input_axes, gate.output_axes) == ((0,), (1,))
+    assert (experts.input_axes, experts.output_axes, experts.stack_axes) == (
+        (1,),
+        (2,),
+        (0,),
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_kernels_for_each_example_have_no_groups(batch):
+    """`jax.vmap` merges examples into the groups of a convolution."""
+    conv = lambda x, w: jax.lax.conv_general_dilated(  # noqa: E731
+        x[None], w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )[0]
+    fn = lambda w, x, s: jax.vmap(lambda x, s: conv(x, w * s[:, None]))(x, s)  # noqa: E731
+    net = read(fn, ones(3, 3, 4, 6), ones(batch, 8, 8, 4), ones(batch, 4))
+    (layer,) = net.layers
+    assert (layer.groups, layer.fan_in, layer.fan_out) == (1, 36, 54)
+
+
+ROLES = {
+    "resized": (lambda p, x: x + jax.image.resize(p, (2, 3), "bilinear"), "bias"),
+    "a list of rows": (lambda p, x: x[:, None] + p[jnp.array([[0, 1]])], "bias"),
+    "a diagonal": (lambda p, x: x @ jnp.diag(p[0]), "other (dot_general)"),
+    "noise of an input": (lambda p, x, e: x @ (p + e), "bias"),
+    "rows after dropout": (
+        lambda p, x, k: (p * jax.random.bernoulli(k, 0.5, p.shape))[
+            x[:, 0].astype(int)
+        ],
+        "embedding",
+    ),
+    "sorted": (lambda p, x: x + jnp.sort(p, 1)[:1, :3], "other (sort)"),
+}
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_roles_of_what_is_no_weight(name):
+    fn, role = ROLES[name]
+    more = {
+        "noise of an input": [ones(3, 3)],
+        "rows after dropout": [jax.random.key(0)],
+    }
+    net = read(fn, ones(3, 3), ones(2, 3), *more.get(name, []))
+    assert net.roles == {"(the whole tree)": role}
+    assert bool(net.open) == (name == "noise of an input")

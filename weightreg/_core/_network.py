@@ -32,6 +32,10 @@ class WeightLayer:
       calls: How often the network calls the layer again on its own results, at least
         1: the time steps of a recurrence, or 2 for a layer used twice in depth.
         ``None`` where that is not known, in a ``while``.
+      passes: How often one path through the network goes through the layer, or through
+        any of those that are stacked in it: more than ``calls`` where stacked layers
+        follow each other, and 1 where they work side by side (heads, members of an
+        ensemble). ``None`` where that is not known.
       groups: The groups of a grouped convolution, of which each has its own inputs.
       strides: Strides of a convolution's window, ``()`` for anything else.
       padding: Padding of a convolution, a pair for each axis of the window.
@@ -54,6 +58,7 @@ class WeightLayer:
     fan_in: int
     fan_out: int
     calls: int | None = 1
+    passes: int | None = None
     groups: int = 1
     strides: tuple[int, ...] = ()
     padding: tuple[tuple[int, int], ...] = ()

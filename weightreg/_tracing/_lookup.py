@@ -24,6 +24,9 @@ def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     rows = [k for k in range(len(shape)) if k not in numbers.offset_dims]
     places = _gathered(numbers, len(sizes), rows)
     known = indices.is_constant and indices.distinct is None
+    if known and len(chosen) == 1 and indices.known is not None:
+        place = lambda view: _row(view, chosen[0], indices, places, value, shape)  # noqa: E731
+        return [put(value, place, shape, "gather", notes)]
     if known and len(chosen) == 1 and len(rows) == 1:
         # A list of rows that is known beforehand: some of the slices, in some order.
         count = shape[rows[0]]
@@ -39,6 +42,21 @@ def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
         places.pop(axis, None)
     place = lambda view: _spread(_looked(view, chosen, indices), places, shape)  # noqa: E731
     return [_chosen(eqn, value, indices, place, shape, notes)]
+
+
+def _row(
+    view: View,
+    axis: int,
+    indices: Value,
+    places: Mapping[int, int],
+    value: Value,
+    shape: Shape,
+) -> View | None:
+    """The one row of a view that is looked up."""
+    sizes = [1 if k == axis else size for k, size in enumerate(value.shape)]
+    row = _box(view, [axis], [indices], sizes, value.shape)
+    there = {k: place for k, place in places.items() if k != axis}
+    return row and _spread(row, there, shape)
 
 
 def _listed(

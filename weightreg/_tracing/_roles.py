@@ -187,14 +187,17 @@ class Roles:
             window=window,
             fan_in=size(inputs),
             fan_out=size(outputs) * window // details.get("groups", 1),
-            calls=self._count(leaf),
+            calls=_whole(self._count(leaf)),
+            passes=_whole(
+                self.graph.longest(dict.fromkeys(self.nodes(leaf), frozenset()))
+            ),
             input_shape=use.shape,
             bias=bias and bias.path,
             combined=tuple(dict.fromkeys(n for u in calls for n in u.view.made)),
             **details,
         )
 
-    def _count(self, leaf: Leaf) -> int | None:
+    def _count(self, leaf: Leaf) -> float:
         """How often some part of a weight is called again on its own results."""
         uses = [use for use in self.calls_of(leaf) if use.node is not None]
         most, groups = 1.0, set()
@@ -206,7 +209,12 @@ class Roles:
                 groups.add(key)
                 own = {u.node: frozenset(n for n, _ in u.view.own) for u in group}
                 most = max(most, self.graph.longest(own))  # pyright: ignore
-        return None if math.isinf(most) else int(most)
+        return most
+
+
+def _whole(count: float) -> int | None:
+    """A count, or ``None`` if it is not known."""
+    return None if math.isinf(count) else max(int(count), 1)
 
 
 def _others(uses) -> str:

@@ -87,7 +87,7 @@ class LipschitzVolume(VolumeRule):
 
     def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
         """One volume for each layer, for which it matters how many there are."""
-        depth = max(sum(_calls(layer) for layer in layers), 1)
+        depth = max(sum(_passes(layer) for layer in layers), 1)
 
         def volume(layer: WeightLayer) -> Number:
             sides = max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
@@ -97,7 +97,7 @@ class LipschitzVolume(VolumeRule):
         return list(map(volume, layers))
 
 
-def _calls(layer: WeightLayer) -> int:
+def _passes(layer: WeightLayer) -> int:
     """How often a path through the network goes through a layer, or through a stack."""
     if layer.calls is None:
         raise ValueError(
@@ -105,7 +105,8 @@ def _calls(layer: WeightLayer) -> int:
             "the traced network does not tell: it is called in a while loop. Give it a "
             "volume of its own, as in a tree of volumes."
         )
-    return layer.calls * math.prod(layer.shape[a] for a in layer.stack_axes)
+    stack = math.prod(layer.shape[a] for a in layer.stack_axes)
+    return stack if layer.passes is None else layer.passes
 
 
 _FANS: dict[str, Callable[[WeightLayer], float]] = {
@@ -183,7 +184,7 @@ def lipschitz_volume(
     Args:
       bound: Lipschitz constant ``c`` of the whole network, greater than or equal to
         0: a number, a traced array or a schedule. Stacked layers count one by one, and
-        those of a traced network as often as they are called.
+        those of a traced network as often as one path goes through them.
       mask: Which leaves count, if not what `volumize` is told: see `weight_mask`.
       dims: What their axes mean, if not what `volumize` is told: see `weight_layers`.
 

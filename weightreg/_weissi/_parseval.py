@@ -83,8 +83,9 @@ def parseval(
 
     Raises:
       ValueError: ``beta`` is negative, infinite or NaN, ``mask`` or ``dims`` does not
-        match the parameters, or a masked leaf has fewer than two axes. In ``update``,
-        ``params`` is not passed, or ``updates`` does not fit it.
+        match the parameters, a masked leaf has fewer than two axes, or a grouped
+        convolution has units along several axes. In ``update``, ``params`` is not
+        passed, or ``updates`` does not fit it.
       TypeError: ``beta`` is neither a scalar nor a schedule, or a masked leaf is no
         floating-point array of 16, 32 or 64 bits.
 
@@ -108,7 +109,8 @@ def parseval(
     check_scheduled("beta", beta, 0, math.inf)
 
     def init_fn(params):
-        _layers(params, mask, dims)
+        for layer in _layers(params, mask, dims).values():
+            _groups(layer)
         return CountState.zero()
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -245,7 +247,15 @@ def _cubed_by_group(
 
 def _groups(layer: WeightLayer) -> tuple[int, int]:
     """The axis of a grouped convolution's units, and how many groups there are."""
-    return layer.output_axes[-1] if layer.groups > 1 else 0, layer.groups
+    if layer.groups == 1:
+        return 0, 1
+    if len(layer.output_axes) > 1:
+        raise ValueError(
+            f"parseval cannot tell the {layer.groups} groups of {layer.path} apart, "
+            f"whose units are along several axes, {layer.output_axes}: leave it out "
+            "with mask=, or say with trace_network(..., stack=) which stack layers."
+        )
+    return layer.output_axes[0], layer.groups
 
 
 def _gram_axes(layer: WeightLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
