@@ -484,7 +484,7 @@ def test_layers_side_by_side_are_passed_once():
     assert [layer.passes for layer in net.layers] == [1, 1]
     volumes = wr.lipschitz_volume(0.25, dims=net)(ENSEMBLE)
     np.testing.assert_allclose(volumes["w"], 0.5 / 5, rtol=1e-6)
-    _, params, _, net = scanned(residual=False)
+    *_, net = scanned(residual=False)
     assert [layer.passes for layer in net.layers] == [4, 1]
 
 

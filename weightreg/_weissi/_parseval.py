@@ -249,7 +249,7 @@ def _groups(layer: WeightLayer) -> tuple[int, int]:
     """The axis of a grouped convolution's units, and how many groups there are."""
     if layer.groups == 1:
         return 0, 1
-    if len(layer.output_axes) > 1:
+    if len(layer.output_axes) != 1:
         raise ValueError(
             f"parseval cannot tell the {layer.groups} groups of {layer.path} apart, "
             f"whose units are along several axes, {layer.output_axes}: leave it out "
