@@ -149,7 +149,9 @@ def _by_name(weights: _Layers, paths: _Paths) -> dict[str, list[WeightLayer]]:
     found: dict[str, list[WeightLayer]] = {}
     for layer in weights:
         path = _own_path(paths[layer.index][0])
-        for name in {layer.path, _slashed(path), _slashed(path[:-1])} - {""}:
+        shown = show_path(paths[layer.index][0])
+        names = {layer.path, shown, _slashed(path), _slashed(path[:-1])}
+        for name in names - {""}:
             found.setdefault(name, []).append(layer)
     return found
 

@@ -89,6 +89,9 @@ def _weight_use(
     elif not inputs or (not outputs and full):
         kinds = [KINDS[n] for n in view.made if n in KINDS]
         return notes.use("scale" if full or not kinds else kinds[-1], name, view)
+    apart = {a for _, a in view.own} | view.looked
+    if apart & {*inputs, *outputs}:  # Slices of an axis are layers, and rows in them.
+        return notes.use("other", "reshape", view)
     # A row of numbers that is repeated for the units, as on a diagonal, is no weight.
     repeated = not outputs and any(weight.shape[k] > 1 for k in kept)
     if set(inputs) & set(outputs) or repeated:

@@ -1,6 +1,7 @@
 """What lies between the layers of a network."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 from weightreg._core._network import WeightLayer
@@ -160,6 +161,9 @@ def _enlarged(layer: WeightLayer, uses: Sequence[Use]) -> str:
     """Why a layer's norm may be larger than its leaf's, or ``""``."""
     if layer.combined:
         return f"is made into the weight with others ({', '.join(layer.combined)})"
+    stack = math.prod(layer.shape[a] for a in layer.stack_axes)
+    if layer.calls is not None and layer.passes != layer.calls * stack:
+        return "stacks layers that work side by side, or are not all called"
     if any(use.factor > 1 for use in uses):
         return "is multiplied by numbers beyond 1, or repeated"
     return ""

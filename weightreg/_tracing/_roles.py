@@ -127,6 +127,11 @@ class Roles:
                 self.all[bias]
             ) != len(calls):
                 return f"its bias {self.leaves[bias].path} has another use"
+            for use in self.all[bias]:
+                if not use.view.leads(len(layer.stack_axes)):
+                    return f"its bias {self.leaves[bias].path} is not stacked first"
+        if layer.passes != math.prod(layer.shape[a] for a in layer.stack_axes):
+            return "its stacked layers are not all called one on another's results"
         return ""
 
     def _doubts(self, layer: WeightLayer):

@@ -181,8 +181,21 @@ def _read(
         shapes={leaf.path: leaf.shape for leaf in known},
         links=links,
         fixed=fixed,
-        unbounded=chains.unbounded(layers, uses),
+        unbounded=chains.unbounded(layers, uses) or _not_units(outs, layers),
     )
+
+
+def _not_units(outs: Sequence[Value], layers: Sequence[WeightLayer]) -> str:
+    """Why a network's results are not the units of its last layer, or ``""``."""
+    for out in outs:
+        for use, view in out.labels:
+            last = layers and use.leaf == layers[-1].index
+            axes = [a for a in use.outputs if view.shape[a] != 1]
+            parts = [p for own in view.axes for p in own if p.size > 1]
+            whole = [view.region[a] == (0, view.shape[a]) for a in axes]
+            if last and [p.axis for p in parts] == axes and all(whole) and view.order():
+                return ""
+    return "the results are not the units of the last layer in their order"
 
 
 def _pairs(layers: Sequence[WeightLayer]) -> list[tuple[WeightLayer, WeightLayer]]:

@@ -123,6 +123,12 @@ class View:
         left = set(range(len(self.region))) - seen - taken
         return [self.region[a] for a in sorted(left) if self.shape[a] != 1]
 
+    def leads(self, count: int) -> bool:
+        """Whether the first axes of the leaf are those of which it is a slice."""
+        seen = {*self.at(range(len(self.axes))), *self.inner}
+        wide = [a for a, size in enumerate(self.shape) if size != 1]
+        return all((a in seen) != (a < count) for a in wide)
+
     def order(self) -> bool:
         """Whether its slices and its rows are in the order of the leaf."""
         rows = self.at(self.occupied())
