@@ -47,6 +47,8 @@ HOMOGENEOUS = {
     "reshape": lambda h: h.reshape(-1, 2, 4).swapaxes(1, 2).reshape(-1, 8),
     "times two": lambda h: 2 * h,
     "a square's root": lambda h: jnp.sqrt(jnp.square(h)),
+    "padding": lambda h: jnp.pad(h, ((0, 0), (1, 1)))[:, 2:],
+    "a roll": lambda h: jnp.roll(h, 3, 1),
 }
 OTHERS = {
     "tanh": jnp.tanh,
@@ -87,6 +89,8 @@ def test_scale_is_not_shifted_through_anything_else(name):
 BOUNDED = {
     **{name: HOMOGENEOUS[name] for name in ("nothing", "relu", "leaky relu", "abs")},
     **{name: HOMOGENEOUS[name] for name in ("reshape",)},
+    "padding": lambda h: jnp.pad(h, ((0, 0), (1, 1)))[:, 1:-1],
+    "a maximum of multiples": lambda h: jnp.maximum(h, 0.1 * h),
     "tanh": jnp.tanh,
     "sine": jnp.sin,
     "sigmoid": jax.nn.sigmoid,
@@ -493,6 +497,8 @@ def test_layers_side_by_side_are_passed_once():
     [
         (lambda w, i: w[i], 1),
         (lambda w, i: w[3 - i], 1),
+        (lambda w, i: w[i - 4], 1),
+        (lambda w, i: w[i + 1], 4),
         (lambda w, i: w[i // 2], 4),
         (lambda w, i: w[i % 2], 4),
         (lambda w, i: w[jnp.minimum(i, 1)], 4),
@@ -546,6 +552,10 @@ def test_unrolled_layers_that_are_stacked_for_a_scan_are_called_once():
         lambda p, x: one(one(x, p, 0, 0), p, 1, 1) + one(x, p, 0, 0),
         lambda p, x: one(one(x, {**p, "b": p["b"][:1]}, 0, 0), p, 1, 0),
         lambda p, x: jax.lax.scan(tapped, x, (p["w"], p["b"])),
+        lambda p, x: rounds(p, x, jnp.arange(2)[::-1], 0),
+        lambda p, x: rounds(p, x, np.array([1, 0]), 0),
+        lambda p, x: rounds(p, x, jnp.arange(2), 1),
+        lambda p, x: jax.lax.scan(block, x, (p["w"][:1], p["b"][:1]))[0],
     ],
 )
 def test_stacks_that_are_called_otherwise_are_not_rescaled(fn):
@@ -566,6 +576,11 @@ def block(x, layer):
     return jax.nn.relu(x @ layer[0] + layer[1]), None
 
 
+def rounds(p, x, order, shift):
+    """Stacked layers in an order, with biases that may be those of others."""
+    return jax.lax.scan(lambda x, k: (one(x, p, k, k + shift), None), x, order)[0]
+
+
 def tapped(x, layer):
     return block(x, layer)[0], x.sum()
 
@@ -575,13 +590,20 @@ OTHERWISE_USED = {
     "one bias twice": lambda p, x: jax.nn.relu(x @ p["w"] + p["b"]) @ p["v"] + p["b"],
     "a penalty": lambda p, x: (jax.nn.relu(x @ p["w"]) @ p["v"], (p["w"] ** 2).sum()),
     "a norm": lambda p, x: jax.nn.relu(x @ p["w"] / jnp.sum(p["w"] ** 2)) @ p["v"],
+    "an inverse": lambda p, x: jax.nn.relu(x @ (1 / p["w"])) @ p["v"],
     "an integer": lambda p, x: jax.nn.relu(x @ p["w"].astype(int)) @ p["v"],
 }
 
 
 @pytest.mark.parametrize("name", OTHERWISE_USED)
 def test_layers_with_another_use_are_not_rescaled(name):
-    params = {"w": ones(3, 3), "v": ones(3, 3), "b": ones(3), "c": ones(3)}
+    params = {
+        "w": ones(3, 3),
+        "v": ones(3, 3),
+        "b": ones(3),
+        "c": ones(3),
+        "d": ones(4),
+    }
     net = read(OTHERWISE_USED[name], params, ones(2, 3))
     with pytest.raises(ValueError, match=r"cannot rescale \['w'\]: "):
         wr.shift_scales(params, [2.0, 0.5], net)
@@ -593,6 +615,8 @@ ENLARGED = {
     "repeated": lambda p, x: x @ jnp.repeat(p, 2, 1),
     "exp": lambda p, x: x @ jnp.exp(p),
     "several results": lambda p, x: (x @ p, x @ p),
+    "rows twice": lambda p, x: x @ p[jnp.array([0, 0, 1])],
+    "several places": lambda p, x: jnp.stack([x, x], 1) @ p,
     "all rounds": lambda p, x: jax.lax.scan(lambda h, _: (h, h @ p), x, None, 3)[1],
     "a loop": lambda p, x: jax.lax.fori_loop(0, 3, lambda i, h: 3 * h, x @ p),
 }
@@ -708,3 +732,36 @@ def test_roles_of_what_is_no_weight(name):
     net = read(fn, ones(3, 3), ones(2, 3), *more.get(name, []))
     assert net.roles == {"(the whole tree)": role}
     assert bool(net.open) == (name == "noise of an input")
+
+
+def test_boxes_are_those_of_the_weight_that_is_made_from_a_leaf():
+    w = ones(4, 4)
+    volume = lambda fn: wr.lipschitz_volume(dims=read(fn, w, ones(2, 4)))(w)  # noqa: E731
+    np.testing.assert_allclose(volume(lambda w, x: x @ (3 * w)), 1 / 12)
+    for fn in (
+        lambda w, x: x @ jnp.tile(w, (1, 2)),
+        lambda w, x: x @ (w / jnp.linalg.norm(w)),
+    ):
+        with pytest.raises(ValueError, match="lipschitz_volume cannot bound the layer"):
+            volume(fn)
+
+
+def test_summed_slices_may_all_see_the_same_input():
+    fn = lambda w, x: sum(jnp.roll(x, k, 0) @ w[k] for k in range(3))  # noqa: E731
+    w = ones(3, 4, 12)
+    net = read(fn, w, ones(6, 4))
+    assert net.layers[0].reach == 3
+    np.testing.assert_allclose(wr.lipschitz_volume(dims=net)(w), 3**-0.5 / 12)
+
+
+def test_causal_convolutions_are_chains():
+    convolution = lambda: nn.Conv(4, (3,), padding="CAUSAL")  # noqa: E731
+    flat = lambda h: h.reshape(len(h), -1)  # noqa: E731
+    layers = [convolution(), nn.relu, convolution(), nn.relu, flat, nn.Dense(2)]
+    model, x = nn.Sequential(layers), ones(1, 5, 3)
+    params = model.init(jax.random.key(0), x)["params"]
+    fn = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
+    net = read(fn, params, x)
+    balanced = wr.balance_scales(params, net)
+    np.testing.assert_allclose(fn(balanced, x), fn(params, x), rtol=1e-5, atol=1e-6)
+    assert jnp.all(jnp.isfinite(wr.input_gradient_bound(params, net)))

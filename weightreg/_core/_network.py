@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,6 +42,11 @@ class WeightLayer:
       input_dilation: Dilation of a transposed convolution's input.
       input_shape: Shape of the array that the first call is applied to.
       bias: Path of the leaf that is added to the layer's units, if there is one.
+      reach: How many of its units at most see one input, at different places: the size
+        of a convolution's window. Where several input axes may be attention's or a
+        window, they are taken for one, which is safe.
+      factor: What the leaf's numbers are at most multiplied by to make the weight,
+        infinite where some are repeated.
       combined: The primitives that make the weight from this leaf and other ones, as
         in weight normalization, ``()`` where the leaf itself is the weight.
     """
@@ -66,18 +70,9 @@ class WeightLayer:
     input_dilation: tuple[int, ...] = ()
     input_shape: tuple[int, ...] = ()
     bias: str | None = None
+    reach: int = 1
+    factor: float = 1.0
     combined: tuple[str, ...] = ()
-
-    @property
-    def reach(self) -> int:
-        """How many of its units at most see one input, at different places.
-
-        It is the size of a convolution's window. Where that is not known, since several
-        input axes may be attention's or a window, it is safe to take them for one.
-        """
-        if self.convolves or self.input_shape:
-            return self.window
-        return max(math.prod(self.shape[a] for a in self.input_axes[:-1]), 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -428,6 +428,7 @@ def _layer(
         window=window,
         fan_in=size(inputs),
         fan_out=size(outputs) * window,
+        reach=max(size(inputs[:-1]), 1),
     )
 
 

@@ -48,7 +48,8 @@ def input_gradient_bound(
     The bound holds, but for rounding, for chains of
 
     - dense layers and convolutions, with biases, any stride, dilation or groups, and
-      padding by zeros (or circular padding of images at least as large as the window);
+      padding by zeros (or circular padding of images at least as large as the window,
+      which a traced network is not seen to have, and is refused with);
     - elementwise activations whose slope is at most 1: ReLU, leaky ReLU, tanh, not GELU
       or swish;
     - flattening, dropout in inference mode, max pooling whose windows do not overlap,
@@ -139,9 +140,10 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
 
     The first bound holds for chains of dense layers with biases, between elementwise
     activations whose slope is at most 1 (ReLU, tanh), with ``f`` the logits or their
-    probabilities. It is an equality for one linear layer. It does not hold for
-    convolutions, whose operator has a larger norm than their kernel, nor with
-    normalization or branches, where it is the paper's analogy. The second, between
+    probabilities (of which trace the logits). It is an equality for one linear layer.
+    It does not hold for convolutions, whose operator has a larger norm than their
+    kernel, nor with normalization or branches, where it is the paper's analogy. The
+    second, between
     means, is an equality where all norms are equal, as `equivalent_norm` makes them.
 
     Args:
@@ -200,12 +202,19 @@ def _check_bounded(caller: str, net: Network, layers: Sequence[WeightLayer]) -> 
 
 
 def _check_dense(layers: Sequence[WeightLayer]) -> None:
-    """Refuses convolutions, whose operator has a larger norm than their kernel."""
+    """Refuses layers at several places, whose Jacobian repeats their weight."""
     for layer in layers:
-        if layer.window > 1:
+        if layer.convolves:
             raise ValueError(
-                f"gbr_bounds holds for dense layers, but {layer.path} is a convolution "
-                f"with a window of {layer.window}, whose norm may exceed its kernel's."
+                f"gbr_bounds holds for dense layers, but {layer.path} is a "
+                "convolution, whose norm may exceed its kernel's."
+            )
+    for layer in layers[-1:]:
+        if math.prod(layer.input_shape[1:]) > layer.fan_in:
+            raise ValueError(
+                "gbr_bounds holds for one output a unit, but the last layer "
+                f"{layer.path} is applied to an array of shape {layer.input_shape}, at "
+                "several places of each example."
             )
 
 

@@ -89,7 +89,7 @@ def _weight_use(
     elif not inputs or (not outputs and full):
         kinds = [KINDS[n] for n in view.made if n in KINDS]
         return notes.use("scale" if full or not kinds else kinds[-1], name, view)
-    apart = {a for _, a in view.own} | view.looked
+    apart = {own.axis for own in view.own} | view.looked
     if apart & {*inputs, *outputs}:  # Slices of an axis are layers, and rows in them.
         return notes.use("other", "reshape", view)
     # A row of numbers that is repeated for the units, as on a diagonal, is no weight.
@@ -98,7 +98,8 @@ def _weight_use(
         return notes.use("other", name, view)
     alone = all(k in view.occupied() for k in (*kept, *gone) if weight.shape[k] > 1)
     single = all(part.axis is not None for own in view.axes for part in own)
-    factor = view.factor if alone and single else math.inf
+    once = not view.doubled & {*inputs, *outputs}
+    factor = view.factor if alone and single and once else math.inf
     return notes.use(
         "weight", name, view, inputs=inputs, outputs=outputs, factor=factor
     )

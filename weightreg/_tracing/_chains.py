@@ -82,10 +82,12 @@ class Chains:
     def _from_round_to_round(self, use: Use, axis: int) -> Link | None:
         """What lies between the calls in two rounds of a loop that goes forward."""
         (node,) = {use.node}
-        own = {a for _, a in use.view.own}
+        rows = range(use.view.shape[axis])
+        (own,) = use.view.own if len(use.view.own) == 1 else (None,)
         read = [(n, x) for n, x in enumerate(self.graph.nodes) if _reads(x, node)]
         carries = [n for n, x in read if x.kind == "carry"]
-        if own != {axis} or any(x.kind not in ("carry", "exit") for _, x in read):
+        in_turn = own is not None and (own.axis, own.rows) == (axis, tuple(rows))
+        if not in_turn or any(x.kind not in ("carry", "exit") for _, x in read):
             return None
         for carry in carries:
             others = [n for n, x in enumerate(self.graph.nodes) if _reads(x, carry)]
@@ -93,9 +95,7 @@ class Chains:
                 return None
         return self.sources[node].get(node)  # pyright: ignore
 
-    def unbounded(
-        self, layers: Sequence[WeightLayer], uses: Mapping[str, Sequence[Use]]
-    ) -> str:
+    def unbounded(self, layers: Sequence[WeightLayer]) -> str:
         """Why the product of all layers' norms is no bound of the network's, or ``""``.
 
         Every layer has to be called on the results of one other, or on the input, with
@@ -108,7 +108,7 @@ class Chains:
         ):
             return "the results of all rounds of a loop are kept"
         for layer in layers:
-            if reason := _enlarged(layer, uses[layer.path]):
+            if reason := _enlarged(layer):
                 return f"{layer.path} {reason}"
         waiting, seen = [self.output], set()
         while waiting:
@@ -157,13 +157,13 @@ def _reads(node: Node, source: int | None) -> bool:
     return any(n == source for n, _ in (*node.sources, *node.again))
 
 
-def _enlarged(layer: WeightLayer, uses: Sequence[Use]) -> str:
+def _enlarged(layer: WeightLayer) -> str:
     """Why a layer's norm may be larger than its leaf's, or ``""``."""
     if layer.combined:
         return f"is made into the weight with others ({', '.join(layer.combined)})"
     stack = math.prod(layer.shape[a] for a in layer.stack_axes)
     if layer.calls is not None and layer.passes != layer.calls * stack:
         return "stacks layers that work side by side, or are not all called"
-    if any(use.factor > 1 for use in uses):
+    if layer.factor > 1:
         return "is multiplied by numbers beyond 1, or repeated"
     return ""

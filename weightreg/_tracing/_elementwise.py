@@ -1,9 +1,11 @@
 """Functions of each number at a time: biases, scales, and what leaves are made into."""
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 from weightreg._tracing._values import KINDS, Notes, Use, Value, shape_of
 from weightreg._tracing._views import Shape, View, overlap
@@ -12,19 +14,27 @@ from weightreg._tracing._views import Shape, View, overlap
 _LINEAR = frozenset(("neg", "mul", "div", "real", "copy"))
 _COMPARISONS = frozenset(("lt", "le", "gt", "ge"))
 _ARITHMETIC: dict[str, Callable] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "max": max,
-    "min": min,
-    "neg": operator.neg,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "select_n": lambda which, *cases: cases[int(which)],
+    "abs": np.abs,
+    "add": np.add,
+    "and": np.logical_and,
+    "clamp": lambda low, x, high: np.clip(x, low, high),
+    "eq": np.equal,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "le": np.less_equal,
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "not": np.logical_not,
+    "or": np.logical_or,
+    "rem": np.fmod,
+    "select_n": lambda which, *cases: np.choose(np.asarray(which, int), cases),
+    "sign": np.sign,
+    "square": np.square,
+    "sub": np.subtract,
 }
 _NAMES = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
@@ -81,29 +91,32 @@ def _lifted(value: Value, shape: Shape) -> Value:
 
 
 def _constant(eqn: Any, values: Sequence[Value], shape: Shape) -> Value:
-    """What constants give, with the number that it repeats, if that is easy to tell."""
-    name, numbers = eqn.primitive.name, [v.known for v in values]
-    of = _ARITHMETIC.get(name)
-    if of is None or None in numbers or any(math.isnan(n) for n in numbers):  # pyright: ignore
-        return _counted(name, values, shape)
-    return Value(shape, known=float(of(*numbers)), most=abs(float(of(*numbers))))
-
-
-def _counted(name: str, values: Sequence[Value], shape: Shape) -> Value:
-    """A number that counts something, shifted or in reverse, or one of two such."""
-    if name == "select_n":
-        orders = {(v.distinct, v.order) for v in values[1:]}
-        distinct, order = orders.pop() if len(orders) == 1 else (None, 0)
-        return Value(shape, distinct=distinct, order=order)
-    counts = [v for v in values if v.order]
-    rest = [v.known for v in values if not v.order]
-    if len(counts) != 1 or None in rest or name not in ("add", "sub", "neg", "mul"):
+    """What constants give, with their numbers, if these are easy to tell."""
+    of = _ARITHMETIC.get(eqn.primitive.name)
+    if eqn.primitive.name == "div":
+        of = _quotient_of(eqn.outvars[0].aval.dtype)
+    numbers = [v.known if v.known is not None else v.numbers for v in values]
+    loops = {v.loop for v in values if v.known is None}
+    shapes = {v.shape for v in values if v.known is None}
+    alike = len(loops) <= 1 and len(shapes) <= 1
+    plain = alike and all(n is not None for n in numbers)
+    if of is None or not plain:
         return Value(shape)
-    falls = name == "neg" or (name == "sub" and values[1] is counts[0])
-    if name == "mul":
-        falls = rest[0] < 0  # pyright: ignore
-    order = 0 if name == "mul" and rest[0] == 0 else -1 if falls else counts[0].order
-    return Value(shape, distinct=counts[0].distinct, order=order)
+    with np.errstate(all="ignore"):
+        found = np.asarray(of(*numbers), np.float64)
+    if np.isnan(found).any():
+        return Value(shape)
+    most = float(np.max(np.abs(found)))
+    if not found.ndim:
+        return Value(shape, known=float(found), most=most)
+    return Value(shape, numbers=found, loop=loops.pop(), most=most)
+
+
+def _quotient_of(dtype: Any) -> Callable:
+    """Division of integers is cut off, and that of other numbers is not."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return lambda a, b: np.trunc(np.divide(a, b))
+    return np.divide
 
 
 def _of_parameters(
@@ -115,7 +128,8 @@ def _of_parameters(
     if called is not None:
         return called
     leaves = [v for v in values if v.is_parameter]
-    changed = len(leaves) > 1 or name not in _LINEAR
+    linear = name in _LINEAR and (name != "div" or values[0].is_parameter)
+    changed = len(leaves) > 1 or not linear
     factor = _factor(name, values)
     views = [x.times(factor) for v in leaves for x in v.views]
     views = [x.marked(name) for x in views] if changed else views
@@ -172,6 +186,7 @@ def _with_data(eqn: Any, values: Sequence[Value], shape: Shape, notes: Notes) ->
     if sums and len(data) == 2 and all(v.fresh for v in data):
         _note_slices(data[0], data[1], notes)
     scales = name in ("mul", "div") and len(data) == 1 and not uses
+    scales = scales and (name != "div" or values[0].node is not None)
     return Value(
         shape,
         node,
@@ -288,8 +303,8 @@ def _is_plain(bias: View) -> bool:
 def _of_one(bias: View, units: View, use: Use) -> bool:
     """Whether a leaf and units are those of the same one of several stacked layers."""
     same = bias.order() == units.order() and not bias.doubled
-    loops = [{n for n, _ in view.own} for view in (bias, units)]
-    return same and loops[0] == loops[1] and bias.cut() == use.view.cut()
+    rows = [{(own.loop, own.rows) for own in view.own} for view in (bias, units)]
+    return same and rows[0] == rows[1] and bias.cut() == use.view.cut()
 
 
 def _settle(value: Value, name: str, notes: Notes) -> list[Use]:

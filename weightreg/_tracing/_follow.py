@@ -11,12 +11,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from weightreg._tracing import _contract, _elementwise, _lookup, _rearrange
 from weightreg._tracing._graph import SAME, Link, Loop
-from weightreg._tracing._values import Notes, Use, Value, constant, other, shape_of
-from weightreg._tracing._views import Part, Shape, View
+from weightreg._tracing._values import (
+    MOST,
+    Notes,
+    Use,
+    Value,
+    constant,
+    other,
+    shape_of,
+)
+from weightreg._tracing._views import Own, Part, Shape, View
 
 _RULES = {
     **_rearrange.RULES,
@@ -71,8 +80,9 @@ class Follower:
         if body is not None:
             return self.run(body, values)
         if all(v.is_constant for v in values):
-            rises = name == "iota" and eqn.params["dimension"] == 0
-            return [Value(shape_of(v), order=int(rises)) for v in eqn.outvars]
+            if name == "iota":
+                return [_iota(shape_of(eqn.outvars[0]))]
+            return [Value(shape_of(v)) for v in eqn.outvars]
         return other(eqn, values, self.notes)
 
     def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
@@ -182,10 +192,10 @@ class Follower:
             node = notes.graph.add("carry", sources)
             loop.carries.append(node)
             return Value(value.shape, node)
-        if change is None:
+        if change is None or value.known is None or not loop.rounds <= MOST:
             return Value(value.shape)
-        order = 1 if change > 0 else -1
-        return Value(value.shape, distinct=loop.number, order=order)
+        numbers = value.known + change * np.arange(loop.rounds)
+        return Value(value.shape, numbers=numbers, loop=loop.number)
 
     def _close(
         self,
@@ -208,7 +218,11 @@ class Follower:
     def _note_summed(self, before: Value, after: Value, loop: Loop) -> None:
         """Notes down slices of a weight whose results a loop adds up."""
         for use, _ in self._sums(before, after):
-            own = tuple(a for n, a in use.view.own if n == loop.number and a >= 0)
+            own = tuple(
+                own.axis
+                for own in use.view.own
+                if own.loop == loop.number and own.axis >= 0
+            )
             if own:
                 self.notes.summed.append((use, own))
 
@@ -251,12 +265,12 @@ class Follower:
 
     def _slice_of(self, value: Value, loop: Loop, reverse: bool) -> Value:
         """What a round of a loop gets of a value that it goes through."""
-        order = -value.order if reverse else value.order
         if value.is_constant:
-            distinct = loop.number if order else None
-            return Value(
-                value.shape[1:], distinct=distinct, order=order, known=value.known
-            )
+            inside = Value(value.shape[1:], known=value.known, most=value.most)
+            if value.numbers is None or len(value.shape) != 1 or value.loop is not None:
+                return inside
+            numbers = value.numbers[::-1] if reverse else value.numbers
+            return inside.but(numbers=numbers, loop=loop.number)
         leaves = [view.leaf for view in value.views]
         views = tuple(
             _slice_of_view(view, loop, reverse, leaves.count(view.leaf) == 1)
@@ -275,11 +289,11 @@ class Follower:
         views = []
         for view in value.views:
             placed = view.broadcast(value.shape, shape, kept)
-            axes = [a for n, a in view.own if n == loop.number and a >= 0]
+            axes = [o.axis for o in view.own if o.loop == loop.number and o.axis >= 0]
             if axes:
                 rows, spans = list(placed.axes), placed.span
                 rows[0] = (Part(axes[0], length),)
-                own = frozenset(x for x in view.own if x[0] != loop.number)
+                own = frozenset(o for o in view.own if o.loop != loop.number)
                 placed = dataclasses.replace(
                     placed, axes=tuple(rows), span=spans, own=own
                 )
@@ -297,7 +311,8 @@ class Follower:
             link=link,
             views=tuple(views),
             labels=labels,
-            distinct=None,
+            loop=None,
+            numbers=None,
             product=None,
             multiple=None,
             sign=None,
@@ -325,13 +340,27 @@ def _slice_of_view(view: View, loop: Loop, reverse: bool, once: bool) -> View:
     there in one round only if it was stacked with others.
     """
     axes = [part.axis for part in view.axes[0]]
-    own, turned = view.own, view.turned
+    own = set(view.own)
     if once and len(axes) == 1 and axes[0] is not None and axes[0] not in view.doubled:
-        own |= {(loop.number, axes[0])}
-        turned |= {axes[0]} if reverse else set()
+        own.add(Own(loop.number, axes[0], _rows(view, axes[0], reverse)))
     elif once and not axes and view.span[0][1] == 1:
-        own |= {(loop.number, -1)}
-    return dataclasses.replace(view, own=own, turned=turned).without([0])
+        own.add(Own(loop.number, -1))
+    return dataclasses.replace(view, own=frozenset(own)).without([0])
+
+
+def _rows(view: View, axis: int, reverse: bool) -> tuple[int, ...] | None:
+    """The rows of a leaf that the rounds of a loop go through, if they are in order."""
+    low, high = view.region[axis]
+    if axis in view.turned or high - low != view.axes[0][0].size:
+        return None
+    rows = range(low, high)
+    return tuple(rows[::-1] if reverse else rows)
+
+
+def _iota(shape: Shape) -> Value:
+    """Numbers that count up."""
+    few = len(shape) == 1 and shape[0] <= MOST
+    return Value(shape, numbers=np.arange(shape[0], dtype=float) if few else None)
 
 
 def _change(body: ClosedJaxpr, variable: Any, out: Any) -> float | None:

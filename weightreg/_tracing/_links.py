@@ -98,7 +98,9 @@ def _extreme(eqn, values, data, rest, degrees, slopes):
     """The larger or the smaller of two values."""
     still = all(v.known in (0, math.inf, -math.inf) for v in rest)
     same = len(set(degrees)) == 1
-    return degrees[0] if same and still else None, math.hypot(*slopes)
+    one = len({v.base()[0] for v in data}) == 1 and not rest
+    slope = max(slopes) if one else math.hypot(*slopes)
+    return degrees[0] if same and still else None, slope
 
 
 def _comparison(eqn, values, data, rest, degrees, slopes):
@@ -161,6 +163,19 @@ def _linear(eqn, values, data, rest, degrees, slopes):
     return degrees[0], math.inf
 
 
+def _joined(eqn, values, data, rest, degrees, slopes):
+    """Parts of one value, or the value among constants, next to each other."""
+    same = len(set(degrees)) == 1 and all(v.known == 0 for v in rest)
+    return degrees[0] if same else None, math.hypot(*slopes)
+
+
+def _picked(eqn, values, data, rest, degrees, slopes):
+    """Numbers of a value that constants pick, perhaps some of them twice."""
+    picks = values[0].node is not None and len(data) == 1
+    once = eqn.primitive.name == "dynamic_slice"
+    return degrees[0] if picks else None, slopes[0] if picks and once else math.inf
+
+
 def _order(eqn, values, data, rest, degrees, slopes):
     if len(data) > 1 or len(eqn.outvars) > 1:  # The order itself is no number.
         return None, math.inf
@@ -187,4 +202,6 @@ _RULES: dict[str, Callable[..., Any]] = {
     ),
     **dict.fromkeys(("dot_general", "conv_general_dilated", "cumsum"), _linear),
     **dict.fromkeys(("sort", "cummax", "cummin"), _order),
+    **dict.fromkeys(("concatenate", "stack", "pad"), _joined),
+    **dict.fromkeys(("gather", "dynamic_slice"), _picked),
 }

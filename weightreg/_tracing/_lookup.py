@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from weightreg._tracing._rearrange import put, sliced
 from weightreg._tracing._values import Notes, Value, other, shape_of
-from weightreg._tracing._views import Shape, View
+from weightreg._tracing._views import Own, Shape, View
 
 
 def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
@@ -23,7 +25,7 @@ def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
         return other(eqn, values, notes)
     rows = [k for k in range(len(shape)) if k not in numbers.offset_dims]
     places = _gathered(numbers, len(sizes), rows)
-    known = indices.is_constant and indices.distinct is None
+    known = indices.is_constant and indices.loop is None
     if known and len(chosen) == 1 and indices.known is not None:
         place = lambda view: _row(view, chosen[0], indices, places, value, shape)  # noqa: E731
         return [put(value, place, shape, "gather", notes)]
@@ -31,7 +33,8 @@ def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
         # A list of rows that is known beforehand: some of the slices, in some order.
         count = shape[rows[0]]
         places[chosen[0]] = rows[0]
-        rows_of = lambda view: view.picked(chosen[0], count, indices.order)  # noqa: E731
+        order = _order_of(indices.numbers, value.shape[chosen[0]])
+        rows_of = lambda view: view.picked(chosen[0], count, order)  # noqa: E731
         place = lambda view: _spread(rows_of(view), places, shape)  # noqa: E731
         return [put(value, place, shape, "gather", notes)]
     if known and rows and len(chosen) == 1:
@@ -40,8 +43,7 @@ def gather(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
         return other(eqn, values, notes)
     for axis in chosen:
         places.pop(axis, None)
-    place = lambda view: _spread(_looked(view, chosen, indices), places, shape)  # noqa: E731
-    return [_chosen(eqn, value, indices, place, shape, notes)]
+    return [_chosen(eqn, value, indices, chosen, places, notes)]
 
 
 def _row(
@@ -104,36 +106,60 @@ def _spread(view: View, places: Mapping[int, int], shape: Shape) -> View:
     return view.permuted(kept).broadcast(old, shape, there)
 
 
-def _looked(view: View, chosen: Sequence[int], indices: Value) -> View:
-    """A view of which slices were chosen along some axes, by data or by a loop."""
+def _order_of(numbers: np.ndarray | None, size: int) -> int:
+    """Whether a list of rows rises, has different ones at least (-1), or may repeat."""
+    if numbers is None or len(np.unique(_inside(numbers, size))) < len(numbers):
+        return 0
+    return 1 if np.all(np.diff(numbers) > 0) else -1
+
+
+def _inside(numbers: np.ndarray, size: int) -> np.ndarray:
+    """Rows that are there, which JAX takes for those that are not."""
+    return np.clip(numbers, 0, size - 1)
+
+
+def _looked(view: View, chosen: Sequence[int], indices: Value, shape: Shape) -> View:
+    """A view of which slices were chosen along some axes, by data or by a loop.
+
+    Slices that a loop has chosen are its rounds' own if they are all different.
+    """
     axes = view.at(chosen)
-    if indices.node is None:
-        own = {(indices.distinct, a) for a in axes if indices.distinct is not None}
-        turned = view.turned | frozenset(axes if indices.order < 0 else ())
-        return dataclasses.replace(view, own=view.own | own, turned=turned)
-    return dataclasses.replace(view, looked=view.looked | frozenset(axes))
+    if indices.node is not None:
+        return dataclasses.replace(view, looked=view.looked | frozenset(axes))
+    if indices.loop is None or indices.numbers is None or len(chosen) != 1:
+        return view
+    rows = _inside(indices.numbers, shape[chosen[0]])
+    if len(axes) != 1 or len(np.unique(rows)) < len(rows):
+        return view
+    first = view.region[axes[0]][0]
+    own = Own(indices.loop, axes[0], tuple(int(row) + first for row in rows))
+    return dataclasses.replace(view, own=view.own | {own})
 
 
 def _chosen(
     eqn: Any,
     value: Value,
     indices: Value,
-    place: Callable[[View], View],
-    shape: Shape,
+    axes: Sequence[int],
+    places: Mapping[int, int],
     notes: Notes,
 ) -> Value:
-    """Slices of parameters that data or a loop have chosen."""
-    name = eqn.primitive.name
+    """Slices of parameters that data or a loop have chosen along some axes."""
+    name, shape = eqn.primitive.name, shape_of(eqn.outvars[0])
+
+    def place(view: View) -> View:
+        return _spread(_looked(view, axes, indices, value.shape), places, shape)
+
     if indices.node is None:
         return put(value, place, shape, name, notes)
     node = notes.join(name, [value, indices])
     views = tuple(map(place, value.views))
     for use in value.uses:  # Of what data have changed, as by dropout, rows are taken.
         use.gone = True
-    uses = []
-    for view in views:
-        uses.append(notes.use("embedding" if view.looked else "other", name, view))
-    return Value(shape, node, views=views, uses=tuple(uses))
+    uses = tuple(
+        notes.use("embedding" if view.looked else "other", name, view) for view in views
+    )
+    return Value(shape, node, views=views, uses=uses)
 
 
 def dynamic_slice(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
@@ -152,9 +178,8 @@ def dynamic_slice(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value
         return other(eqn, values, notes)
     places = {k: k for k in range(len(sizes)) if k not in axes}
     unknown = [v for v in ruling if v.known is None]
-    indices = max(unknown, key=lambda v: (v.node is not None, v.distinct is not None))
-    place = lambda view: _spread(_looked(view, axes, indices), places, shape)  # noqa: E731
-    return [_chosen(eqn, value, indices, place, shape, notes)]
+    indices = max(unknown, key=lambda v: (v.node is not None, v.loop is not None))
+    return [_chosen(eqn, value, indices, axes, places, notes)]
 
 
 def _box(

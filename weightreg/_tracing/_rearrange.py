@@ -43,7 +43,10 @@ def converted(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
 def reversed_(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
     """The value in reverse along some axes."""
     axes, shape = eqn.params["dimensions"], values[0].shape
-    return [put(values[0], lambda view: view.reversed(axes), shape, "rev", notes)]
+    out = put(values[0], lambda view: view.reversed(axes), shape, "rev", notes)
+    if out.numbers is not None and out.loop is None:
+        out = out.but(numbers=out.numbers[::-1])
+    return [out]
 
 
 def moved(eqn: Any, values: Sequence[Value], notes: Notes) -> list[Value]:
@@ -88,7 +91,7 @@ def put(
         labels=tuple((use, view) for use, view in labels if view is not None),
         multiple=None,
         sign=None,
-        order=value.order if value.shape[:1] == shape[:1] or not value.shape else 0,
+        numbers=value.numbers if math.prod(shape) == math.prod(value.shape) else None,
     )
 
 

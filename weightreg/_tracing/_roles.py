@@ -128,8 +128,9 @@ class Roles:
             ) != len(calls):
                 return f"its bias {self.leaves[bias].path} has another use"
             for use in self.all[bias]:
-                if not use.view.leads(len(layer.stack_axes)):
-                    return f"its bias {self.leaves[bias].path} is not stacked first"
+                stack = tuple(layer.shape[a] for a in layer.stack_axes)
+                if not use.view.leads(stack):
+                    return f"its bias {self.leaves[bias].path} is stacked otherwise"
         if layer.passes != math.prod(layer.shape[a] for a in layer.stack_axes):
             return "its stacked layers are not all called one on another's results"
         return ""
@@ -159,6 +160,11 @@ class Roles:
         window = inputs[: use.window]
         inputs = [*window, *sorted({*inputs[use.window :], *summed})]
         return tuple(inputs), tuple(outputs), tuple(sorted(own - set(inputs)))
+
+    def _summed_inputs(self, leaf: Leaf, use: Use) -> set[int]:
+        """Inputs that number slices, which may all see the same input."""
+        inputs, _, _ = self.axes(leaf, use)
+        return (self.summed.get(leaf.index, set()) & {*inputs}) - {*use.inputs}
 
     def _agree(self, leaf: Leaf) -> bool:
         """Whether all calls of a weight give its axes the same meaning."""
@@ -198,6 +204,8 @@ class Roles:
             ),
             input_shape=use.shape,
             bias=bias and bias.path,
+            reach=window * size(self._summed_inputs(leaf, use)),
+            factor=max(u.factor for u in calls),
             combined=tuple(dict.fromkeys(n for u in calls for n in u.view.made)),
             **details,
         )
@@ -212,7 +220,7 @@ class Roles:
             key = frozenset(map(id, group))
             if key not in groups:
                 groups.add(key)
-                own = {u.node: frozenset(n for n, _ in u.view.own) for u in group}
+                own = {u.node: frozenset(o.loop for o in u.view.own) for u in group}
                 most = max(most, self.graph.longest(own))  # pyright: ignore
         return most
 

@@ -181,7 +181,7 @@ def _read(
         shapes={leaf.path: leaf.shape for leaf in known},
         links=links,
         fixed=fixed,
-        unbounded=chains.unbounded(layers, uses) or _not_units(outs, layers),
+        unbounded=chains.unbounded(layers) or _not_units(outs, layers),
     )
 
 

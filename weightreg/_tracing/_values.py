@@ -18,8 +18,8 @@ KINDS = {
     **dict.fromkeys(("add", "sub", "add_any"), "bias"),
     **dict.fromkeys(("mul", "div"), "scale"),
 }
-# Constants of more elements are not looked at.
-_MOST = 100_000
+# Constants of more elements are not looked at, nor loops of more rounds.
+MOST = 100_000
 _numbers = itertools.count()
 
 
@@ -89,9 +89,9 @@ class Value:
         of it but what reads it next.
       outer: Whether it is a product of data along axes of their own.
       known: The number that a constant repeats, if it does.
-      distinct: The loop in whose rounds a constant has different numbers.
-      order: Whether the numbers of a constant, along its first axis or from round to
-        round, rise (1), are different ones in another order (-1), or may repeat (0).
+      numbers: The numbers of a constant with one axis of some size, or what a single
+        number is in each round of a loop.
+      loop: That loop.
       multiple: The value that it is a multiple of, by its number, and the factor.
       sign: The value whose sign it tells, by its number.
       summands: Layers to whose units the value of another node was added, and the node.
@@ -110,8 +110,8 @@ class Value:
     product: "Value | None" = None
     outer: bool = False
     known: float | None = None
-    distinct: int | None = None
-    order: int = 0
+    numbers: np.ndarray | None = None
+    loop: int | None = None
     multiple: tuple[int, float] | None = None
     sign: int | None = None
     summands: tuple[tuple[Use, int], ...] = ()
@@ -147,23 +147,16 @@ def constant(x: Any) -> Value:
     """A constant, of which the number is known that it repeats."""
     shape = np.shape(x)
     dtype = getattr(x, "dtype", np.result_type(type(x)))
-    real = any(
-        jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)
-    )
-    if not 0 < math.prod(shape) <= _MOST or not real:
+    kinds = (jnp.bool_, jnp.integer, jnp.floating)
+    real = any(jnp.issubdtype(dtype, kind) for kind in kinds)
+    if not 0 < math.prod(shape) <= MOST or not real:
         return Value(shape)
-    numbers = np.asarray(x)
+    numbers = np.asarray(x, np.float64)
     first = numbers.flat[0]
     known = float(first) if np.all(numbers == first) else None
-    most = float(np.max(np.abs(numbers * 1.0)))
-    return Value(shape, known=known, most=most, order=_order_of(numbers))
-
-
-def _order_of(numbers: np.ndarray) -> int:
-    """Whether numbers in a row rise, are at least different ones, or may repeat."""
-    if numbers.ndim != 1 or len(np.unique(numbers)) < len(numbers):
-        return 0
-    return 1 if np.all(np.diff(numbers) > 0) else -1
+    most = float(np.max(np.abs(numbers)))
+    row = numbers if numbers.ndim == 1 else None
+    return Value(shape, known=known, most=most, numbers=row)
 
 
 class Notes:

@@ -24,6 +24,21 @@ class Part(NamedTuple):
     size: int
 
 
+class Own(NamedTuple):
+    """Slices of a leaf of which each round of a loop has another one.
+
+    Attributes:
+      loop: The loop.
+      axis: The axis of the leaf that they are along, -1 where the leaf is there in one
+        round only.
+      rows: Which slice each round has, or ``None`` if that is not known.
+    """
+
+    loop: int
+    axis: int
+    rows: tuple[int, ...] | None = None
+
+
 class LostError(Exception):
     """A rearrangement after which no axis of the value is one of the leaf's."""
 
@@ -43,8 +58,7 @@ class View:
       inner: Axes of the leaf that were contracted with constants or parameters.
       partner: Whether parameters were among these.
       empty: Whether zeros were.
-      own: Pairs of a loop and an axis of the leaf, of which each round has another
-        slice. The axis is -1 where the leaf is there in one round only.
+      own: The slices of it that rounds of loops have.
       turned: Axes of the leaf whose slices are in another order.
       doubled: Axes of the leaf of which slices may be there twice.
       looked: Axes of the leaf along which data have chosen.
@@ -62,7 +76,7 @@ class View:
     inner: frozenset[int] = frozenset()
     partner: bool = False
     empty: bool = False
-    own: frozenset[tuple[int, int]] = frozenset()
+    own: frozenset[Own] = frozenset()
     turned: frozenset[int] = frozenset()
     doubled: frozenset[int] = frozenset()
     looked: frozenset[int] = frozenset()
@@ -119,20 +133,22 @@ class View:
     def cut(self) -> list[tuple[int, int]]:
         """The stretches of those axes of the leaf of which only a slice is left."""
         seen = {*self.at(range(len(self.axes))), *self.inner}
-        taken = {*self.looked, *(a for _, a in self.own)}
+        taken = {*self.looked, *(own.axis for own in self.own)}
         left = set(range(len(self.region))) - seen - taken
         return [self.region[a] for a in sorted(left) if self.shape[a] != 1]
 
-    def leads(self, count: int) -> bool:
-        """Whether the first axes of the leaf are those of which it is a slice."""
+    def leads(self, stack: Shape) -> bool:
+        """Whether the first axes of the leaf, of these sizes, are those of a slice."""
+        count = len(stack)
         seen = {*self.at(range(len(self.axes))), *self.inner}
         wide = [a for a, size in enumerate(self.shape) if size != 1]
-        return all((a in seen) != (a < count) for a in wide)
+        first = all((a in seen) != (a < count) for a in wide)
+        return first and self.shape[:count] == stack
 
     def order(self) -> bool:
         """Whether its slices and its rows are in the order of the leaf."""
         rows = self.at(self.occupied())
-        return not self.turned & {*rows, *(a for _, a in self.own)}
+        return not self.turned & {*rows, *(own.axis for own in self.own)}
 
     def permuted(self, permutation: Sequence[int]) -> "View":
         """The view after a transposition."""

@@ -91,7 +91,7 @@ class LipschitzVolume(VolumeRule):
 
         def volume(layer: WeightLayer) -> Number:
             sides = max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
-            scale = 1 / (sides * math.sqrt(layer.reach))
+            scale = 1 / (sides * math.sqrt(layer.reach) * layer.factor)
             return _lift(lambda c: c ** (1 / depth) * scale, self.bound)
 
         return list(map(volume, layers))
@@ -104,6 +104,12 @@ def _passes(layer: WeightLayer) -> int:
             f"lipschitz_volume needs to know how often {layer.path} is called, which "
             "the traced network does not tell: it is called in a while loop. Give it a "
             "volume of its own, as in a tree of volumes."
+        )
+    if layer.combined or math.isinf(layer.factor):
+        made = ", ".join(layer.combined) or "some of its numbers are repeated"
+        raise ValueError(
+            f"lipschitz_volume cannot bound the layer that is made from {layer.path} "
+            f"({made}): the leaf's box is not the weight's. Leave it out with mask=."
         )
     stack = math.prod(layer.shape[a] for a in layer.stack_axes)
     return stack if layer.passes is None else layer.passes
@@ -194,7 +200,8 @@ def lipschitz_volume(
 
     Raises:
       ValueError: ``bound`` is negative or NaN; or, where the rule is applied, a traced
-        network calls a layer an unknown number of times.
+        network calls a layer an unknown number of times, or makes a weight from several
+        leaves or from repeated numbers.
       TypeError: ``bound`` is no number, array or schedule.
 
     References:

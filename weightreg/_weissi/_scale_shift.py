@@ -177,8 +177,9 @@ def minimum_weight_decay(
         = L \Big( \prod_{l=1}^L \|W_l\|_F^2 \Big)^{1/L}
 
     Here weight decay is :math:`\sum_l \|W_l\|_F^2`, without a factor of one half and
-    without biases. `balance_scales` gives the network that has it. Neither the order of
-    layers nor what else is in ``params`` matters.
+    without biases. `balance_scales` gives the network that has it, and says of a traced
+    one whether there is such a network. Neither the order of layers nor what else is in
+    ``params`` matters here.
 
     Args:
       params: Any tree of parameters.
