@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from traced import W, bare, dense
+from traced import x as shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,6 @@ class Architecture:
     params: Any
     inputs: tuple[Any, ...]
     table: dict[str, Any]
-
-
-def shape(*sizes, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 def join(*tables):

@@ -14,6 +14,7 @@ W("in out", bias="Dense_0/bias", calls=2) adds fields of the layer; it is the tu
 ("in out", {"bias": "Dense_0/bias", "calls": 2}). A field that is `...` is left open.
 """
 
+import inspect
 import math
 import re
 
@@ -21,6 +22,16 @@ import jax
 from optax.contrib import MuonDimensionNumbers
 
 ROLES = ("bias", "scale", "embedding", "unused")
+
+
+def x(*shape, dtype="float32"):
+    """An array as far as a trace needs it."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def ids(*shape):
+    """Tokens as far as a trace needs them."""
+    return x(*shape, dtype="int32")
 
 
 def W(words, **fields):
@@ -82,6 +93,16 @@ def _same(found, wanted, *of):
         if found.get(key, ...) != wanted.get(key, ...)
     }
     assert not differ, f"{of} found, and wanted: {differ}"
+
+
+def check_complete(package, base, cases, without):
+    """Compare a package's layers with those that are in a table, or need not be.
+
+    A case is called after its layer, with what is special about it after a colon.
+    """
+    classes = {n: v for n, v in vars(package).items() if inspect.isclass(v)}
+    public = {name for name, value in classes.items() if issubclass(value, base)}
+    assert public == public & {name.split(":")[0] for name in cases} | without.keys()
 
 
 def _role(words):

@@ -15,19 +15,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from equinox import nn
-from traced import W, check
+from traced import W, check, ids
+from traced import x as f32
 
 import weightreg as wr
 
 KEY = jax.random.key(0)
-
-
-def f32(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def ids(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def batched(model, state, *inputs):

@@ -14,20 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from traced import W, check
+from traced import W, check, ids
+from traced import x as f32
 
 import weightreg as wr
 
 KEY = jax.random.key(0)
 SCALING = hk.initializers.VarianceScaling()
-
-
-def f32(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def ids(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 class Case(NamedTuple):

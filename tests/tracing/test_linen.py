@@ -1,26 +1,17 @@
 """What every layer of flax.linen has in a trace, by hand from the layer's formula."""
 
 import dataclasses
-import inspect
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from traced import W, bare, check, dense
+from traced import W, bare, check, check_complete, dense, ids, x
 
 import weightreg as wr
 
 KEY = jax.random.key(0)
-
-
-def x(*shape, dtype="float32"):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def ids(*shape):
-    return x(*shape, dtype="int32")
 
 
 @dataclasses.dataclass
@@ -702,12 +693,7 @@ def test_the_layer_is_traced_as_its_formula_says(name):
 
 
 def test_every_layer_is_in_the_table():
-    public = {
-        name
-        for name, value in vars(nn).items()
-        if inspect.isclass(value) and issubclass(value, nn.Module)
-    }
-    assert public == public & {name.split(":")[0] for name in CASES} | WITHOUT.keys()
+    check_complete(nn, nn.Module, CASES, WITHOUT)
 
 
 def test_running_averages_may_be_constants():

@@ -1,7 +1,6 @@
 """What every layer of flax.nnx has in a trace, by hand from the layer's formula."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -9,17 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from traced import W, bare, check, dense
+from traced import W, bare, check, check_complete, dense, ids, x
 
 import weightreg as wr
-
-
-def x(*shape, dtype="float32"):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def ids(*shape):
-    return x(*shape, dtype="int32")
 
 
 @dataclasses.dataclass
@@ -662,12 +653,7 @@ def test_the_layer_is_traced_as_its_formula_says(name):
 
 
 def test_every_layer_is_in_the_table():
-    public = {
-        name
-        for name, value in vars(nnx).items()
-        if inspect.isclass(value) and issubclass(value, nnx.Module)
-    }
-    assert public == public & {name.split(":")[0] for name in CASES} | WITHOUT.keys()
+    check_complete(nnx, nnx.Module, CASES, WITHOUT)
 
 
 def test_the_rest_of_the_state_may_be_closed_over():

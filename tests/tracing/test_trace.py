@@ -552,9 +552,10 @@ def test_unrolled_layers_that_are_stacked_for_a_scan_are_called_once():
         lambda p, x: one(one(x, p, 0, 0), p, 1, 1) + one(x, p, 0, 0),
         lambda p, x: one(one(x, {**p, "b": p["b"][:1]}, 0, 0), p, 1, 0),
         lambda p, x: jax.lax.scan(tapped, x, (p["w"], p["b"])),
-        lambda p, x: rounds(p, x, jnp.arange(2)[::-1], 0),
-        lambda p, x: rounds(p, x, np.array([1, 0]), 0),
-        lambda p, x: rounds(p, x, jnp.arange(2), 1),
+        lambda p, x: rounds(p, x, jnp.arange(2)[::-1], lambda k: k),
+        lambda p, x: rounds(p, x, np.array([1, 0]), lambda k: k),
+        lambda p, x: rounds(p, x, jnp.arange(2), lambda k: k + 1),
+        lambda p, x: rounds(p, x, jnp.arange(2), lambda k: 1 - k),
         lambda p, x: jax.lax.scan(block, x, (p["w"][:1], p["b"][:1]))[0],
     ],
 )
@@ -576,9 +577,9 @@ def block(x, layer):
     return jax.nn.relu(x @ layer[0] + layer[1]), None
 
 
-def rounds(p, x, order, shift):
+def rounds(p, x, order, of):
     """Stacked layers in an order, with biases that may be those of others."""
-    return jax.lax.scan(lambda x, k: (one(x, p, k, k + shift), None), x, order)[0]
+    return jax.lax.scan(lambda x, k: (one(x, p, k, of(k)), None), x, order)[0]
 
 
 def tapped(x, layer):

@@ -206,13 +206,13 @@ def _with_data(eqn: Any, values: Sequence[Value], shape: Shape, notes: Notes) ->
 
 def _note_slices(a: Value, b: Value, notes: Notes) -> None:
     """Notes down slices of one weight whose results are added up."""
+    feeds = notes.graph.feeds
     for use, _ in a.labels:
         for other, _ in b.labels:
             own = tuple(k for k in use.unseen() if k in other.unseen())
-            apart = not overlap(use.view, other.view, own)
-            chained = notes.graph.feeds(use.node or 0, other.node)
-            chained = chained or notes.graph.feeds(other.node or 0, use.node)
-            if use.leaf == other.leaf and own and apart and not chained:
+            if use.leaf != other.leaf or not own or overlap(use.view, other.view, own):
+                continue
+            if not feeds(use.node, other.node) and not feeds(other.node, use.node):
                 notes.summed.append((use, own))
 
 

@@ -210,10 +210,6 @@ class Follower:
             if before.node in loop.carries and after.node is not None:
                 graph.nodes[before.node].again.append((after.node, after.link))
                 self._note_summed(before, after, loop)
-        # A carry whose source is a carry needs the inputs of what feeds it later.
-        for node in loop.carries:
-            own = [graph.nodes[n].inputs for n, _ in graph.nodes[node].again]
-            graph.nodes[node].inputs |= frozenset().union(*own)
 
     def _note_summed(self, before: Value, after: Value, loop: Loop) -> None:
         """Notes down slices of a weight whose results a loop adds up."""

@@ -50,12 +50,10 @@ class Node:
         all rounds), or ``"output"``.
       sources: The nodes that it is computed from. A carry has those before the loop.
       again: The sources of a carry in all rounds but the first.
-      inputs: The inputs of the network that it depends on.
     """
 
     kind: str
     sources: list[tuple[int, Link]]
-    inputs: frozenset[int]
     again: list[tuple[int, Link]] = dataclasses.field(default_factory=list)
 
 
@@ -84,11 +82,8 @@ class Graph:
 
     def add(self, kind: str, sources: Iterable[tuple[int, Link]] = ()) -> int:
         """Adds a node and gives its number."""
-        number, sources = len(self.nodes), list(sources)
-        inputs = frozenset().union(*(self.nodes[n].inputs for n, _ in sources))
-        inputs = frozenset([number]) if kind == "input" else inputs
-        self.nodes.append(Node(kind, sources, inputs))
-        return number
+        self.nodes.append(Node(kind, list(sources)))
+        return len(self.nodes) - 1
 
     def enter(self, rounds: float) -> Loop:
         """Begins a loop."""
@@ -136,9 +131,10 @@ class Graph:
                 waiting += [n for n, _ in (*own.sources, *own.again)]
         return frozenset(seen)
 
-    def feeds(self, number: int, other: int | None) -> bool:
-        """Whether one node is computed from another."""
-        return other is not None and number in self.before(other)
+    def feeds(self, number: int | None, other: int | None) -> bool:
+        """Whether one node is what another is computed from."""
+        both = number is not None and other is not None
+        return both and number in self.before(other)  # pyright: ignore
 
     def longest(self, own: Mapping[int, frozenset[int]]) -> float:
         """The most of some nodes that are on one path through the network.

@@ -269,9 +269,6 @@ class View:
                 begin = low + offset // row
                 length = (count // row - 1) * stride + 1
                 region[major.axis] = begin, begin + length
-            elif not minor and count == 1:
-                # A part of a merged axis: where it lies is not followed further.
-                pass
         return (Part(major.axis, count // row), *minor), tuple(region)
 
 
