@@ -430,6 +430,10 @@ def test_cnn_exponents_go_by_what_is_a_convolution():
     net = read(lambda p, x: model.apply({"params": p}, x), params, x)
     powers = wr.cnn_exponents(params, dims=net)
     assert powers["layers_0"]["kernel"] == 2 and powers["layers_1"]["kernel"] == 1
+    params = jax.tree.map(lambda p: spread(*p.shape), params)
+    by_rule = wr.weissi(1e-3, 1e-3, exponents=wr.cnn_exponents, dims=net)
+    by_tree = wr.weissi(1e-3, 1e-3, exponents=powers, dims=net)
+    np.testing.assert_array_equal(by_rule(params), by_tree(params))
 
 
 @pytest.mark.parametrize("groups", [2, 6])
@@ -454,6 +458,21 @@ def test_grouped_convolutions_become_orthonormal_group_by_group(groups):
     np.testing.assert_allclose(new, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_filters_of_grouped_convolutions_are_packed_with_a_scale_each():
+    model, x = nn.Conv(6, (3, 3), feature_group_count=6), ones(1, 5, 5, 6)
+    params = {"kernel": spread(3, 3, 1, 6), "bias": ones(6)}
+    net = read(lambda p, x: model.apply({"params": p}, x), params, x)
+    volume = {"kernel": jnp.arange(1.0, 7.0).reshape(1, 1, 1, 6), "bias": None}
+    packed = wr.pack(params, volume, "binary", dims=net)
+    assert packed["kernel"].scale.shape == (6,)
+    wanted = wr.binarize(params, volume, dims=net)["kernel"]
+    np.testing.assert_array_equal(wr.unpack(packed)["kernel"], wanted)
+    together = wr.pack(params, wr.he_volume(0.5), "binary", dims=net)["kernel"]
+    np.testing.assert_allclose(together.scale, 0.5 * math.sqrt(6 / 9), rtol=1e-6)
+    with pytest.raises(ValueError, match="must be one number for each layer"):
+        wr.pack(params, volume, "binary")
+
+
 def test_muon_takes_the_dims():
     params = {"w": spread(2, 3, 5), "b": spread(2, 5), "v": spread(5, 4)}
 
@@ -465,7 +484,7 @@ def test_muon_takes_the_dims():
 
     net = read(fn, params, ones(1, 3))
     assert net.layers[0].stack_axes == (0,)
-    tx = optax.contrib.muon(0.1, muon_weight_dimension_numbers=net.dims)
+    tx = optax.contrib.muon(0.1, muon_weight_dimension_numbers=lambda _: net.dims)
     updates, _ = tx.update(params, tx.init(params), params)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 

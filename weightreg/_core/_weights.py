@@ -317,6 +317,14 @@ def stack_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
     return stacked
 
 
+def filter_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
+    """The axes of each leaf that number filters of grouped convolutions, if traced."""
+    if not isinstance(dims, Network):
+        return [()] * len(jax.tree.leaves(params))
+    layers = _layers_of(dims, params)
+    return [x.output_axes if x is not None and x.groups > 1 else () for x in layers]
+
+
 def check_dtypes(caller: str, params: Any, wanted: Iterable[int]) -> None:
     """Refuses weights in other dtypes than the ones that methods calculate in.
 

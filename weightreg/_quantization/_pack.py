@@ -14,7 +14,7 @@ from jax.custom_batching import custom_vmap
 from weightreg._core._arguments import each, is_real, replaced, show_path
 from weightreg._core._mesh import gathered
 from weightreg._core._packed_weight import PackedWeight
-from weightreg._core._weights import Dims, Mask, is_packed, stack_axes
+from weightreg._core._weights import Dims, Mask, filter_axes, is_packed, stack_axes
 from weightreg._quantization._quantize import check_levels, codes, level, scales_of
 
 
@@ -39,7 +39,8 @@ def pack(
       levels: ``"binary"`` or ``"ternary"``.
       mask: Which leaves to pack, as booleans or a function: see `weight_mask`.
       dims: What the axes of the weights mean: see `weight_layers`. Axes that it does
-        not name stack layers, each of which has a scale of its own.
+        not name stack layers, each of which has a scale of its own. So may each filter
+        of a grouped or depthwise convolution in a traced network.
 
     Returns:
       The tree of ``params`` with a `PackedWeight` in the place of each weight.
@@ -69,11 +70,12 @@ def pack(
     check_levels(levels)
     scales = scales_of("pack", params, volume, mask, dims)
     paths = jax.tree_util.tree_leaves_with_path(params)
-    stacked = stack_axes(params, dims)
+    stacked, filters = stack_axes(params, dims), filter_axes(params, dims)
     packed = {}
     for i, w in each(params, scales):
-        scale = _one_per_layer(show_path(paths[i][0]), scales[i], w, stacked[i])
-        packed[i] = _encode(w, scale, levels, stacked[i])
+        own = _apart(stacked[i], filters[i], scales[i])
+        scale = _one_per_layer(show_path(paths[i][0]), scales[i], w, own)
+        packed[i] = _encode(w, scale, levels, own)
     return replaced(params, packed, params)
 
 
@@ -142,6 +144,12 @@ def _first_numbers(after: Any) -> list[jax.Array]:
             raise TypeError(f"after must hold arrays of real numbers, not {leaf!r}.")
     arrays = [x for x in jax.tree.leaves(after) if isinstance(x, Tracer) and x.size]
     return [gathered(x, ())[(0,) * x.ndim] for x in arrays]
+
+
+def _apart(stacked, filters, scale) -> tuple[int, ...]:
+    """The axes that layers are stacked along, or filters that have a scale each."""
+    own = [a for a in filters if scale.ndim and scale.shape[a] != 1]
+    return tuple(sorted({*stacked, *own}))
 
 
 def _one_per_layer(path, scale, leaf, stacked) -> jax.Array:
