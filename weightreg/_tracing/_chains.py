@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from weightreg._core._network import WeightLayer
-from weightreg._tracing._graph import Graph, Link, Node, worst
+from weightreg._tracing._graph import Graph, Link, worst
 from weightreg._tracing._values import Use
 
 
@@ -19,8 +19,7 @@ class Chains:
     """
 
     def __init__(self, graph: Graph, nodes: Mapping[str, Sequence[int]], output: int):
-        self.graph = graph
-        self.output = output
+        self.graph, self.nodes, self.output = graph, nodes, output
         self.owners: dict[int, list[str]] = {}
         for path, own in nodes.items():
             for node in dict.fromkeys(own):
@@ -37,10 +36,10 @@ class Chains:
                         self.readers.setdefault(n, set()).add(number)
                 self.sources[number] = found
 
-    def link(self, first: str, second: str, nodes: Mapping) -> Link | None:
+    def link(self, first: str, second: str) -> Link | None:
         """What lies between two layers that are a chain, or ``None``."""
         links: list[Link] = []
-        for node in nodes[second]:
+        for node in self.nodes[second]:
             if len(self.owners[node]) != 1 or len(self.graph.nodes[node].sources) != 1:
                 return None
             for source, link in self.sources[node].items():
@@ -49,7 +48,7 @@ class Chains:
                     links.append(link)
                 elif owner != [second]:
                     return None
-        for node in nodes[first]:
+        for node in self.nodes[first]:
             for reader in self.readers.get(node, ()):
                 if self.owners.get(reader, []) not in ([first], [second]):
                     return None
@@ -81,19 +80,24 @@ class Chains:
 
     def _from_round_to_round(self, use: Use, axis: int) -> Link | None:
         """What lies between the calls in two rounds of a loop that goes forward."""
-        (node,) = {use.node}
-        rows = range(use.view.shape[axis])
-        (own,) = use.view.own if len(use.view.own) == 1 else (None,)
-        read = [(n, x) for n, x in enumerate(self.graph.nodes) if _reads(x, node)]
-        carries = [n for n, x in read if x.kind == "carry"]
-        in_turn = own is not None and (own.axis, own.rows) == (axis, tuple(rows))
-        if not in_turn or any(x.kind not in ("carry", "exit") for _, x in read):
+        node, rows = use.node, tuple(range(use.view.shape[axis]))
+        in_turn = [(own.axis, own.rows) for own in use.view.own] == [(axis, rows)]
+        read = self._read_by(node)
+        kinds = {n: self.graph.nodes[n].kind for n in read}
+        carries = [n for n in read if kinds[n] == "carry"]
+        if not in_turn or {*kinds.values()} - {"carry", "exit"}:
             return None
-        for carry in carries:
-            others = [n for n, x in enumerate(self.graph.nodes) if _reads(x, carry)]
-            if others != [node]:
-                return None
+        if any(self._read_by(carry) != [node] for carry in carries):
+            return None
         return self.sources[node].get(node)  # pyright: ignore
+
+    def _read_by(self, source: int | None) -> list[int]:
+        """The nodes that are computed from one directly."""
+        return [
+            number
+            for number, node in enumerate(self.graph.nodes)
+            if any(n == source for n, _ in (*node.sources, *node.again))
+        ]
 
     def unbounded(self, layers: Sequence[WeightLayer]) -> str:
         """Why the product of all layers' norms is no bound of the network's, or ``""``.
@@ -103,9 +107,8 @@ class Chains:
         """
         if len(self.graph.nodes[self.output].sources) != 1:
             return "there are several results, or none that depends on the input"
-        if any(
-            self.graph.nodes[n].kind == "each" for n in self.graph.before(self.output)
-        ):
+        before = self.graph.before(self.output)
+        if any(self.graph.nodes[n].kind == "each" for n in before):
             return "the results of all rounds of a loop are kept"
         for layer in layers:
             if reason := _enlarged(layer):
@@ -150,11 +153,6 @@ class Chains:
         kinds = {"input": "the input", "output": "the result"}
         node = self.graph.nodes[number]
         return kinds.get(node.kind) or ", ".join(self.owners.get(number, ["a branch"]))
-
-
-def _reads(node: Node, source: int | None) -> bool:
-    """Whether a node is computed from another one directly."""
-    return any(n == source for n, _ in (*node.sources, *node.again))
 
 
 def _enlarged(layer: WeightLayer) -> str:

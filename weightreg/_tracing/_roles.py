@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from weightreg._core._network import WeightLayer
 from weightreg._tracing._values import Notes, Use
@@ -17,12 +18,14 @@ class Leaf:
       index: Its position.
       path: Its path.
       shape: Its shape.
+      dtype: Its dtype.
       used: Whether the network computes anything from it.
     """
 
     index: int
     path: str
     shape: Shape
+    dtype: Any
     used: bool
 
 
@@ -42,28 +45,25 @@ class Roles:
         self.graph = notes.graph
         self.stack = stack
         self.noisy = notes.noisy
-        self.uses: dict[int, list[Use]] = {leaf.index: [] for leaf in leaves}
+        self.every: dict[int, list[Use]] = {leaf.index: [] for leaf in leaves}
         for use in notes.uses:
             if not use.gone:
-                self.uses[use.leaf].append(use)
-        self.all = self.uses
+                self.every[use.leaf].append(use)
         self.uses = {
             leaf: [use for use in uses if not use.weak] or uses
-            for leaf, uses in self.all.items()
+            for leaf, uses in self.every.items()
         }
-        self.summed: dict[int, set[int]] = {}
-        for use, axes in notes.summed:
-            self.summed.setdefault(use.leaf, set()).update(axes)
-        self.shared: dict[int, set[int]] = {}
-        for use, axes in notes.shared:
-            self.shared.setdefault(use.leaf, set()).update(axes)
+        self.summed, self.shared = _by_leaf(notes.summed), _by_leaf(notes.shared)
+        weights = [leaf for leaf in leaves if self.role(leaf).endswith("weight")]
+        weights.sort(key=lambda leaf: min(self.nodes(leaf), default=0))
+        self.layers = [self._layer(leaf) for leaf in weights]
 
     def role(self, leaf: Leaf) -> str:
         """What a leaf is."""
         uses = self.uses[leaf.index]
         kinds = {use.kind for use in uses}
-        if not uses:
-            return "other (unknown)" if leaf.used else "unused"
+        if not uses:  # Integers are not followed.
+            return f"other ({leaf.dtype})" if leaf.used else "unused"
         if "weight" in kinds and not self._agree(leaf):
             return _others(use for use in uses if use.kind == "weight")
         if kinds == {"embedding", "weight"}:
@@ -71,12 +71,6 @@ class Roles:
         if len(kinds) == 1 and "other" not in kinds:
             return kinds.pop()
         return _others(uses)
-
-    def layers(self) -> list[WeightLayer]:
-        """The weights, in the order of their first calls."""
-        weights = [leaf for leaf in self.leaves if self.role(leaf).endswith("weight")]
-        weights.sort(key=lambda leaf: min(self.nodes(leaf), default=0))
-        return [self._layer(leaf) for leaf in weights]
 
     def calls_of(self, leaf: Leaf) -> list[Use]:
         """The calls of a weight."""
@@ -95,7 +89,7 @@ class Roles:
             for leaf in sorted(noisy)
             if self.role(self.leaves[leaf]) == "bias"
         ]
-        for layer in self.layers():
+        for layer in self.layers:
             for axes, kind, text in self._doubts(layer):
                 shown = ", ".join(map(str, sorted(axes)))
                 plural = "axes" if len(axes) > 1 else "axis"
@@ -106,10 +100,10 @@ class Roles:
                 )
         return sentences
 
-    def fixed(self, leaf: Leaf) -> str:
+    def fixed(self, layer: WeightLayer) -> str:
         """Why a weight cannot be rescaled by itself, or ``""``."""
-        layer, calls = self._layer(leaf), self.calls_of(leaf)
-        others = [use for use in self.all[leaf.index] if use.kind != "weight"]
+        others = [u for u in self.every[layer.index] if u.kind != "weight"]
+        stack = tuple(layer.shape[a] for a in layer.stack_axes)
         if layer.calls != 1:
             count = "an unknown number of" if layer.calls is None else layer.calls
             return f"it is called {count} times, and each call would be rescaled"
@@ -119,20 +113,22 @@ class Roles:
             )
         if others:
             return f"it has another use ({', '.join({u.name: 0 for u in others})})"
+        if layer.passes != math.prod(stack):
+            return "its stacked layers are not all called one on another's results"
+        return self._unscalable_bias(layer, stack)
+
+    def _unscalable_bias(self, layer: WeightLayer, stack: Shape) -> str:
+        """Why a layer's bias cannot be rescaled with its weight, or ``""``."""
+        calls = self.calls_of(self.leaves[layer.index])
         biases = {use.bias for use in calls if use.bias is not None}
         if layer.bias is None and biases:
             return "it has several biases, or not at each call"
         for bias in biases:
-            if any(use.kind != "bias" for use in self.all[bias]) or len(
-                self.all[bias]
-            ) != len(calls):
-                return f"its bias {self.leaves[bias].path} has another use"
-            for use in self.all[bias]:
-                stack = tuple(layer.shape[a] for a in layer.stack_axes)
-                if not use.view.leads(stack):
-                    return f"its bias {self.leaves[bias].path} is stacked otherwise"
-        if layer.passes != math.prod(layer.shape[a] for a in layer.stack_axes):
-            return "its stacked layers are not all called one on another's results"
+            uses, path = self.every[bias], self.leaves[bias].path
+            if {use.kind for use in uses} != {"bias"} or len(uses) != len(calls):
+                return f"its bias {path} has another use"
+            if not all(use.view.leads(stack) for use in uses):
+                return f"its bias {path} is stacked otherwise"
         return ""
 
     def _doubts(self, layer: WeightLayer):
@@ -223,6 +219,14 @@ class Roles:
                 own = {u.node: frozenset(o.loop for o in u.view.own) for u in group}
                 most = max(most, self.graph.longest(own))  # pyright: ignore
         return most
+
+
+def _by_leaf(found: Sequence[tuple[Use, tuple[int, ...]]]) -> dict[int, set[int]]:
+    """The axes of each leaf among those that were noted down for its uses."""
+    axes: dict[int, set[int]] = {}
+    for use, own in found:
+        axes.setdefault(use.leaf, set()).update(own)
+    return axes
 
 
 def _whole(count: float) -> int | None:

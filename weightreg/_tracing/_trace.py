@@ -19,7 +19,7 @@ from weightreg._tracing._chains import Chains
 from weightreg._tracing._follow import Follower
 from weightreg._tracing._graph import Link
 from weightreg._tracing._roles import Leaf, Roles
-from weightreg._tracing._values import Value
+from weightreg._tracing._values import Notes, Value
 from weightreg._tracing._views import View
 
 Stack = int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
@@ -121,68 +121,73 @@ def _read(
     closed: ClosedJaxpr, params: Any, paths: list[str], traced: list[int], stack: Stack
 ) -> Network:
     """What a jaxpr of traced parameters and inputs says of them."""
-    leaves = jax.tree.leaves(params)
-    jaxpr, used = partial_eval.dce_jaxpr(
-        closed.jaxpr, [True] * len(closed.jaxpr.outvars)
-    )
     follower = Follower()
-    notes, values = follower.notes, []
-    for position, variable in enumerate(closed.jaxpr.invars):
-        shape = tuple(variable.aval.shape)
-        if position >= len(traced):
-            values.append(Value(shape, notes.graph.add("input")))
-        elif jnp.issubdtype(variable.aval.dtype, jnp.inexact):
-            values.append(Value(shape, views=(View.whole(position, shape),)))
-        else:
-            values.append(Value(shape))
-    kept = [value for value, use in zip(values, used, strict=True) if use]
-    outs = follower.run(ClosedJaxpr(jaxpr, closed.consts), kept)
+    notes, kept = follower.notes, [True] * len(closed.jaxpr.outvars)
+    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, kept)
+    values = [
+        _value(position, variable.aval, position < len(traced), notes)
+        for position, variable in enumerate(closed.jaxpr.invars)
+    ]
+    alive = [value for value, use in zip(values, used, strict=True) if use]
+    outs = follower.run(ClosedJaxpr(jaxpr, closed.consts), alive)
     for out in outs:
         notes.end(out, "output", weak=True)
         notes.note_apart(out)
     sources = [(out.node, out.link) for out in outs if out.node is not None]
     output = notes.graph.add("output", sources)
-    known = [
-        Leaf(k, paths[i], tuple(jnp.shape(leaves[i])), used[k])
-        for k, i in enumerate(traced)
+    leaves = [
+        Leaf(k, paths[i], tuple(v.aval.shape), v.aval.dtype, used[k])
+        for k, (i, v) in enumerate(zip(traced, closed.jaxpr.invars, strict=False))
     ]
-    roles = Roles(known, notes, _stacked(stack, known))
-    layers = roles.layers()
-    _check_stacks(stack, layers)
-    uses = {layer.path: roles.calls_of(known[layer.index]) for layer in layers}
-    nodes = {
-        path: [use.node for use in own if use.node is not None]
-        for path, own in uses.items()
-    }
+    roles = Roles(leaves, notes, _stacked(stack, leaves))
+    _check_stacks(stack, roles.layers)
+    nodes = {x.path: roles.nodes(leaves[x.index]) for x in roles.layers}
     chains = Chains(notes.graph, nodes, output)
-    between = [chains.link(a.path, b.path, nodes) for a, b in _pairs(layers)]
-    links = {
-        (a.path, b.path): _unscalable(link)
-        for (a, b), link in zip(_pairs(layers), between, strict=True)
-        if link is not None
-    }
-    fixed = {layer.path: roles.fixed(known[layer.index]) for layer in layers}
-    for layer in layers:
-        if not fixed[layer.path] and layer.stack_axes:
-            link = chains.in_order(uses[layer.path], layer.stack_axes)
-            apart = "its stacked layers are not called one on another's results"
-            fixed[layer.path] = apart if link is None else _unscalable(link)
-    dims: list[Any] = [None] * len(leaves)
+    pairs = [(a.path, b.path) for a, b in itertools.pairwise(roles.layers)]
+    between = {pair: chains.link(*pair) for pair in pairs}
+    return Network(
+        layers=tuple(replace(x, index=traced[x.index]) for x in roles.layers),
+        between=tuple(link and link.primitives for link in between.values()),
+        roles={leaf.path: roles.role(leaf) for leaf in leaves},
+        dims=_muon_dims(params, traced, roles.layers),
+        open=tuple(roles.open()),
+        shapes={leaf.path: leaf.shape for leaf in leaves},
+        links={pair: _unscalable(link) for pair, link in between.items() if link},
+        fixed={x.path: _fixed(x, roles, chains) for x in roles.layers},
+        unbounded=chains.unbounded(roles.layers) or _not_units(outs, roles.layers),
+    )
+
+
+def _value(position: int, aval: Any, parameter: bool, notes: Notes) -> Value:
+    """A parameter or an input of the network, of which integers are not followed."""
+    shape = tuple(aval.shape)
+    if not parameter:
+        return Value(shape, notes.graph.add("input"))
+    followed = jnp.issubdtype(aval.dtype, jnp.inexact)
+    return Value(shape, views=(View.whole(position, shape),) if followed else ())
+
+
+def _muon_dims(params: Any, traced: list[int], layers: Sequence[WeightLayer]) -> Any:
+    """The axes of the weights in a tree like the parameters."""
+    structure = jax.tree.structure(params)
+    dims: list[Any] = [None] * structure.num_leaves
     for layer in layers:
         if layer.output_axes:
             axes = layer.input_axes, layer.output_axes
             dims[traced[layer.index]] = MuonDimensionNumbers(*axes)
-    return Network(
-        layers=tuple(replace(x, index=traced[x.index]) for x in layers),
-        between=tuple(link and link.primitives for link in between),
-        roles={leaf.path: roles.role(leaf) for leaf in known},
-        dims=jax.tree.unflatten(jax.tree.structure(params), dims),
-        open=tuple(roles.open()),
-        shapes={leaf.path: leaf.shape for leaf in known},
-        links=links,
-        fixed=fixed,
-        unbounded=chains.unbounded(layers) or _not_units(outs, layers),
-    )
+    return structure.unflatten(dims)
+
+
+def _fixed(layer: WeightLayer, roles: Roles, chains: Chains) -> str:
+    """Why a layer cannot be rescaled, or ``""``."""
+    reason = roles.fixed(layer)
+    if reason or not layer.stack_axes:
+        return reason
+    uses = roles.calls_of(roles.leaves[layer.index])
+    link = chains.in_order(uses, layer.stack_axes)
+    if link is None:
+        return "its stacked layers are not called one on another's results"
+    return _unscalable(link)
 
 
 def _not_units(outs: Sequence[Value], layers: Sequence[WeightLayer]) -> str:
@@ -196,10 +201,6 @@ def _not_units(outs: Sequence[Value], layers: Sequence[WeightLayer]) -> str:
             if last and [p.axis for p in parts] == axes and all(whole) and view.order():
                 return ""
     return "the results are not the units of the last layer in their order"
-
-
-def _pairs(layers: Sequence[WeightLayer]) -> list[tuple[WeightLayer, WeightLayer]]:
-    return list(itertools.pairwise(layers))
 
 
 def _unscalable(link: Link) -> str:
