@@ -4,6 +4,7 @@ from weightreg._core._network import Network as Network
 from weightreg._core._network import WeightLayer as WeightLayer
 from weightreg._core._packed_weight import PackedWeight as PackedWeight
 from weightreg._core._weights import left_out as left_out
+from weightreg._core._weights import taken as taken
 from weightreg._core._weights import weight_layers as weight_layers
 from weightreg._core._weights import weight_mask as weight_mask
 from weightreg._equivalent_norm._equivalent_norm import (

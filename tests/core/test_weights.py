@@ -215,8 +215,9 @@ KERNELS = {
 def test_fans_are_those_of_jax_initializers(name):
     """Samples of ``variance_scaling(1, mode)`` fill the interval to sqrt(3 / fan)."""
     shape, in_axis, out_axis, batch, dims = KERNELS[name]
-    kernel = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[-1])}
-    dims = None if dims is None else {"kernel": dims, "bias": None}
+    module = "Conv_0" if name.startswith("conv") else "layer"
+    kernel = {module: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[-1])}}
+    dims = None if dims is None else {module: {"kernel": dims, "bias": None}}
     (layer,) = wr.weight_layers(kernel, dims=dims)
 
     @jax.jit

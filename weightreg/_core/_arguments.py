@@ -5,6 +5,7 @@ describe an ``nnx.State``, and a tree given for all parameters still fits after
 ``optax.masked`` has cut holes (``optax.MaskedNode``) into them.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -181,8 +182,7 @@ def show_path(path: KeyPath) -> str:
 
 def leaf_path(path: KeyPath) -> str:
     """A leaf's path, without the ``.value`` that boxes and ``nnx.State`` append."""
-    boxed = bool(path) and path[-1] == GetAttrKey("value")
-    return show_path(path[:-1] if boxed else path)
+    return show_path(path[:-1] if path[-1:] == _BOXED else path)
 
 
 def is_hole(node: Any) -> bool:
@@ -237,10 +237,10 @@ def match(
     def stop(node: Any) -> bool:
         return is_hole(node) or (is_leaf is not None and is_leaf(node))
 
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = _own_paths(params)
     if not leaves:  # Optax's placeholder trees, and models without parameters
         return []
-    entries = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop))
+    entries = dict(_own_paths(tree, stop))
     unused = set(entries)
     found = []
     for path, _ in leaves:
@@ -254,11 +254,7 @@ def match(
             )
         unused.discard(prefix)
         found.append(entries[prefix])
-    holes = {
-        path
-        for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hole)
-        if is_hole(node)
-    }
+    holes = {path for path, node in _own_paths(params, is_hole) if is_hole(node)}
     above = {hole[:n] for hole in holes for n in range(len(hole) + 1)}
     for path in unused:
         below = any(path[:n] in holes for n in range(len(path)))
@@ -268,6 +264,26 @@ def match(
                 f"none. They have: {', '.join(show_path(p) for p, _ in leaves)}."
             )
     return found
+
+
+def _own_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[KeyPath, Any]]:
+    """The leaves of a tree with their paths, on which boxes leave no trace.
+
+    ``nnx.State`` and linen's metadata put a leaf alone into a node, under ``value``.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    under = collections.Counter(
+        path[:n] for path, _ in leaves for n in range(len(path))
+    )
+    return [
+        (path[:-1] if path[-1:] == _BOXED and under[path[:-1]] == 1 else path, leaf)
+        for path, leaf in leaves
+    ]
+
+
+_BOXED = (GetAttrKey("value"),)
 
 
 def check_params(params: Any) -> None:

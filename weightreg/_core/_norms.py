@@ -8,6 +8,7 @@ results are kept as a fraction and a power of two.
 import dataclasses
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 
 from weightreg._core._arguments import compute_dtype
 from weightreg._core._mesh import gathered, placed
-from weightreg._core._weights import WeightLayer
+from weightreg._core._weights import Need, WeightLayer
 
 Norm: TypeAlias = str | tuple[float, float]
 """One of ``"frobenius"``, ``"l1"`` and ``"spectral"``, or a pair ``(p, q)``."""
@@ -95,6 +96,20 @@ class Axes(NamedTuple):
     def stack(self, ndim: int) -> tuple[int, ...]:
         """The axes of a leaf of so many dimensions that stack layers."""
         return tuple(a for a in range(ndim) if a not in self.inputs + self.outputs)
+
+
+def need_of(*norms: Norm) -> Need:
+    """What of a layer's axes its norms depend on."""
+    by_unit = any(norm != "spectral" and norm[0] != norm[1] for norm in norms)
+
+    def need(layer: WeightLayer) -> Hashable:
+        if by_unit:
+            return layer.stack_axes, layer.output_axes
+        # A matrix has the singular values of its transpose.
+        sides = frozenset(layer.input_axes), frozenset(layer.output_axes)
+        return layer.stack_axes, "spectral" in norms and frozenset(sides)
+
+    return need
 
 
 def parse_norm(argument: str, norm: Any) -> Norm:

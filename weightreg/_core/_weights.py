@@ -4,17 +4,16 @@ Every method of this library asks here, and none looks at a leaf's name or rank 
 itself.
 """
 
-import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, GetAttrKey
-from optax.contrib import MuonDimensionNumbers
 
 from weightreg._core._arguments import (
     KeyPath,
@@ -24,20 +23,34 @@ from weightreg._core._arguments import (
     refuse_step_count,
     show_path,
 )
+from weightreg._core._dims import Dims, numbers_of, reading_of, role, traced_layers
+from weightreg._core._names import (
+    BIASES,
+    MODULES,
+    READINGS,
+    REVERSED,
+    SHIFT_LIKE,
+    SHIFTS,
+    TRANSPOSED_MODULES,
+    UNITS_FIRST,
+    UNKNOWN,
+    UNKNOWN_MODULES,
+    WEIGHT_LIKE,
+    WEIGHTS,
+    Kind,
+    Order,
+    Reading,
+)
 from weightreg._core._network import Network, WeightLayer
 from weightreg._core._packed_weight import PackedWeight
 
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
-Dims: TypeAlias = Any | Callable[[Any], Any] | None
+Need: TypeAlias = Callable[[WeightLayer], Hashable]
+"""What a method uses of a layer: readings that agree in it need not be told apart."""
 
 # The dtypes that methods calculate in. Floats of 8 bits are weights as well, which may
 # be listed, but JAX promotes them to nothing, and no method's result would fit them.
 SUPPORTED = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
-
-# Flax gives these names to parameters that shift or scale units, and `ConvexSum` the
-# last one. Their rank does not tell, since biases of attention are (heads, head_dim)
-# and those of scanned layers have a leading axis of layers.
-_NOT_WEIGHTS = frozenset({"bias", "scale", "convex_logits"})
 
 
 def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
@@ -108,19 +121,51 @@ def left_out(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, 
       {"['kernel']": 'mask is false'}
     """
     refuse_step_count("mask", params)
-    reasons = {}
-    leaves = jax.tree_util.tree_leaves_with_path(params)
     flags = mask_leaves(params, mask, dims)
-    for (path, leaf), flag in zip(leaves, flags, strict=True):
-        if not flag and mask is not None:
-            reasons[show_path(path)] = "mask is false"
-        elif not flag and isinstance(dims, Network):
-            reasons[show_path(path)] = f"traced as {_role(dims, path)}"
-        elif not flag and dims is not None:
-            reasons[show_path(path)] = "dims is None"
-        elif not flag:
-            reasons[show_path(path)] = str(_why_not(path, leaf))
-    return reasons
+    why = _reasons(params, mask, dims)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        leaf_path(path): reason
+        for (path, _), flag, reason in zip(leaves, flags, why, strict=True)
+        if not flag
+    }
+
+
+def taken(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, str]:
+    """Says which leaves are weights, and why: the mirror of `left_out`.
+
+    Args:
+      params: Any tree of parameters.
+      mask: Which leaves count, as booleans or a function: see `weight_mask`.
+      dims: What the axes of the weights mean: see `weight_layers`.
+
+    Returns:
+      For each weight, by its path, in the tree's order, what its axes are taken for, or
+      may be where the tree does not tell, and how that is known.
+
+    Raises:
+      ValueError: ``mask`` or ``dims`` does not match the parameters, weights are
+        packed, or a leaf may be a weight or not.
+      TypeError: ``mask`` holds something other than booleans, or is true for a leaf
+        that is no floating-point array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> wr.taken({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
+      {"['kernel']": "inputs 0, units 1, by its name and the shape of ['bias']"}
+      >>> wr.taken({"kernel": jnp.ones((3, 4, 5))})["['kernel']"][:42]
+      'one of several: inputs 0, 1, units 2, of w'
+    """
+    refuse_step_count("mask", params)
+    flags = mask_leaves(params, mask, dims)
+    why = _reasons(params, mask, dims)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        leaf_path(path): reason
+        for (path, _), flag, reason in zip(leaves, flags, why, strict=True)
+        if flag
+    }
 
 
 def weight_layers(
@@ -180,87 +225,171 @@ def weight_layers(
       >>> layer.fan_in, layer.fan_out, layer.window
       (72, 144, 9)
     """
-    if isinstance(dims, Network):
-        return _traced_layers(params, mask, dims)
-    dims_of = dims_leaves(params, dims)
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    flags = mask_leaves(params, mask, dims)
-    layers = [
-        (path, _layer(path, index, jnp.shape(leaf), d))
-        for index, ((path, leaf), d, weight) in enumerate(
-            zip(paths, dims_of, flags, strict=True)
-        )
-        if weight
-    ]
-    order = _natural_order([path for path, _ in paths])
-    return tuple(layer for _, layer in sorted(layers, key=lambda pl: order(pl[0])))
-
-
-def _traced_layers(params: Any, mask: Mask, net: Network) -> tuple[WeightLayer, ...]:
-    """The weights of a traced network, in the order of their first calls."""
-    flags = mask_leaves(params, mask, net)
-    found = _layers_of(net, params)
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    for (path, _), flag, layer in zip(paths, flags, found, strict=True):
-        if flag and layer is None:
-            raise ValueError(
-                f"mask calls {show_path(path)} a weight, but dims is a traced network "
-                f"in which it is {_role(net, path)!r}, and its axes have no meaning: "
-                "leave it out with mask=, or say what they mean with a tree of "
-                "optax.contrib.MuonDimensionNumbers for dims=."
-            )
-    order = {layer.path: k for k, layer in enumerate(net.layers)}
-    layers = [x for x, flag in zip(found, flags, strict=True) if x is not None and flag]
-    return tuple(sorted(layers, key=lambda layer: order[layer.path]))
-
-
-def _layers_of(net: Network, params: Any) -> list[WeightLayer | None]:
-    """The layer that each leaf of some parameters is, or ``None`` for the others.
-
-    Raises:
-      ValueError: There is an array that was not traced, or not in this shape.
-    """
-    known = {layer.path: layer for layer in net.layers}
-    found = []
-    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
-        name = leaf_path(path)
-        if hasattr(leaf, "dtype"):
-            _check_traced(net, name, jnp.shape(leaf))
-        layer = known.get(name)
-        found.append(layer and dataclasses.replace(layer, index=index))
-    return found
-
-
-def _check_traced(net: Network, name: str, shape: tuple[int, ...]) -> None:
-    """Refuses a leaf that is none of a traced network's."""
-    if name not in net.shapes:
-        raise ValueError(
-            f"dims is a traced network without a parameter {name}: expected one traced "
-            f"with these parameters. It has: {', '.join(net.shapes) or 'none'}."
-        )
-    if shape != net.shapes[name]:
-        raise ValueError(
-            f"dims is a traced network whose {name} has shape {net.shapes[name]}, but "
-            f"here it has shape {shape}: trace it with these parameters."
-        )
-
-
-def _role(net: Network, path: KeyPath) -> str:
-    """The role of a leaf in a traced network."""
-    return net.roles.get(leaf_path(path), "no array")
+    return layers_of("weight_layers", params, mask, dims, _everything)
 
 
 def layers_for(
-    caller: str, params: Any, mask: Mask, dims: Dims
+    caller: str, params: Any, mask: Mask, dims: Dims, need: Need | None = None
 ) -> tuple[WeightLayer, ...]:
     """The layers that a method works on, of which `weight_layers` tells more.
 
     Raises:
+      ValueError: The tree leaves open what a leaf's axes are, and ``need``, which is
+        what the method makes of a layer, depends on it.
       TypeError: A weight is of a dtype that no method can handle.
     """
-    layers = weight_layers(params, mask=mask, dims=dims)
+    layers = layers_of(caller, params, mask, dims, need or _everything)
     check_dtypes(caller, params, (layer.index for layer in layers))
     return layers
+
+
+def _everything(layer: WeightLayer) -> Hashable:
+    """The need of a method that goes by all that is known of a layer."""
+    return layer
+
+
+def layers_of(
+    caller: str, params: Any, mask: Mask, dims: Dims, need: Need
+) -> tuple[WeightLayer, ...]:
+    """The layers of the parameters, of which all readings agree in ``need``."""
+    layers = [
+        _agreed(caller, options, need)
+        for options in _options(params, mask, dims)
+        if options is not None
+    ]
+    if isinstance(dims, Network):
+        order = {layer.path: k for k, layer in enumerate(dims.layers)}
+        return tuple(sorted(layers, key=lambda layer: order[layer.path]))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    key = _natural_order(paths)
+    return tuple(sorted(layers, key=lambda layer: key(paths[layer.index])))
+
+
+class _Options(NamedTuple):
+    """The layers that a leaf may be, of which one is it.
+
+    Attributes:
+      path: Path of the leaf.
+      shape: Shape of the leaf.
+      layers: One or more layers; none where no reading of its axes fits.
+      source: How they are known.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layers: tuple[WeightLayer, ...]
+    source: str
+
+
+def _options(params: Any, mask: Mask, dims: Dims) -> list[_Options | None]:
+    """The layers that each leaf may be, and ``None`` for those that are no weights."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    flags = mask_leaves(params, mask, dims)
+    if isinstance(dims, Network):
+        return _traced_options(params, flags, dims)
+    numbers = [None] * len(leaves) if dims is None else numbers_of(params, dims)
+    tree = _Tree(params)
+    found: list[_Options | None] = []
+    for index, ((path, leaf), flag, entry) in enumerate(
+        zip(leaves, flags, numbers, strict=True)
+    ):
+        if not flag:
+            found.append(None)
+            continue
+        shape = jnp.shape(leaf)
+        if entry is None:
+            readings, source = tree.readings(index)
+        else:
+            readings, source = (reading_of(path, shape, entry),), "dims"
+        layers = tuple(_layer(path, index, shape, reading) for reading in readings)
+        found.append(_Options(leaf_path(path), shape, layers, source))
+    return found
+
+
+def _traced_options(
+    params: Any, flags: list[bool], net: Network
+) -> list[_Options | None]:
+    """The layers of a traced network, one for each leaf that is a weight."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found: list[_Options | None] = []
+    layers = traced_layers(net, params)
+    for (path, leaf), flag, layer in zip(leaves, flags, layers, strict=True):
+        if flag and layer is None:
+            raise ValueError(
+                f"mask calls {leaf_path(path)} a weight, but dims is a traced network "
+                f"in which it is {role(net, path)!r}, and its axes have no meaning: "
+                "leave it out with mask=, or say what they mean with a tree of "
+                "optax.contrib.MuonDimensionNumbers for dims=."
+            )
+        options = layer and _Options(layer.path, jnp.shape(leaf), (layer,), "the trace")
+        found.append(options if flag else None)
+    return found
+
+
+def _agreed(caller: str, options: _Options, need: Need) -> WeightLayer:
+    """The layer that a leaf is, as far as a method needs to know it."""
+    path, shape, layers, source = options
+    if len(set(map(need, layers))) == 1:
+        return layers[0]
+    if len(shape) < 2:
+        raise ValueError(
+            f"{path} has shape {shape}: a weight has two or more axes, for inputs and "
+            "units. Leave the leaf out with mask=. (volumize does with any leaf whose "
+            "volume is a number.)"
+        )
+    readings = "; or ".join(map(_axes_of, layers))
+    known = (
+        f"They may be: {readings}" if layers else f"None of those known fits {source}"
+    )
+    raise ValueError(
+        f"{caller} has to know what the axes of {path}, of shape {shape}, mean, which "
+        f"the tree does not tell. {known}. Pass dims=weightreg.trace_network(fn, "
+        "params, x), which reads it from the network, or, unless it is a convolution, "
+        "a tree with optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, "
+        "output_axis=units) there and None for leaves that are no weights; or leave "
+        "it out with mask=."
+    )
+
+
+def _axes_of(layer: WeightLayer) -> str:
+    """The axes of a layer in words."""
+    listed = lambda axes: ", ".join(map(str, axes))  # noqa: E731
+    words = f"inputs {listed(layer.input_axes)}, units {listed(layer.output_axes)}"
+    if layer.stack_axes:
+        words = f"layers {listed(layer.stack_axes)}, {words}"
+    if layer.convolves:
+        words += f", of which {listed(layer.input_axes[:-1])} are a window"
+    return words
+
+
+def _reasons(params: Any, mask: Mask, dims: Dims) -> list[str]:
+    """Says of each leaf why it is a weight, or is none."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    tree = _Tree(params)
+    reasons = []
+    options = _options(params, mask, dims)
+    for index, ((path, _), own) in enumerate(zip(leaves, options, strict=True)):
+        if own is not None:
+            reasons.append(_why(own) + ", mask is true" * (mask is not None))
+        elif mask is not None:
+            reasons.append("mask is false")
+        elif isinstance(dims, Network):
+            reasons.append(f"traced as {role(dims, path)}")
+        elif dims is not None:
+            reasons.append("dims is None")
+        else:
+            reasons.append(str(tree.why_not(index)))
+    return reasons
+
+
+def _why(options: _Options) -> str:
+    """Says what a weight's axes are taken for, and by what."""
+    readings = " or ".join(map(_axes_of, options.layers))
+    if len(options.layers) == 1:
+        return f"{readings}, by {options.source}"
+    if not options.layers:
+        return f"axes unknown: none of those known fits {options.source}"
+    return f"one of several: {readings}"
 
 
 def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
@@ -268,60 +397,46 @@ def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
     _refuse_packed(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if mask is None and dims is None:
-        return [_why_not(path, leaf) is None for path, leaf in leaves]
+        tree = _Tree(params)
+        return [tree.is_weight(index) for index in range(len(leaves))]
     if mask is None and isinstance(dims, Network):
-        flags = [layer is not None for layer in _layers_of(dims, params)]
+        flags = [layer is not None for layer in traced_layers(dims, params)]
     elif mask is None:
-        flags = [d is not None for d in dims_leaves(params, dims)]
+        flags = [entry is not None for entry in numbers_of(params, dims)]
     else:
         flags = match("mask", mask(params) if is_function(mask) else mask, params)
     for (path, leaf), flag in zip(leaves, flags, strict=True):
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(
-                f"mask must hold booleans, but is {flag!r} at {show_path(path)}."
+                f"mask must hold booleans, but is {flag!r} at {leaf_path(path)}."
             )
         if flag and not _is_floating(leaf):
             raise TypeError(
-                f"mask (or dims) calls {show_path(path)} a weight, which must be a "
+                f"mask (or dims) calls {leaf_path(path)} a weight, which must be a "
                 f"real floating-point array; it is {_describe(leaf)}."
             )
     return [bool(flag) for flag in flags]
 
 
-def dims_leaves(params: Any, dims: Dims) -> list[MuonDimensionNumbers | None]:
-    """One ``MuonDimensionNumbers`` for each leaf, or ``None`` where none was given."""
-    if dims is None:
-        return [None] * len(jax.tree.leaves(params))
-    is_dims = lambda node: isinstance(node, MuonDimensionNumbers)  # noqa: E731
-    tree = dims(params) if is_function(dims) else dims
-    found = match("dims", tree, params, is_leaf=is_dims)
-    for entry in found:
-        if entry is not None and not is_dims(entry):
-            raise TypeError(
-                "dims must hold optax.contrib.MuonDimensionNumbers, and None for "
-                f"leaves that are no weights, not {entry!r}."
-            )
-    return found
+def stack_axes(
+    caller: str, params: Any, mask: Mask, dims: Dims, *, known: bool
+) -> list[tuple[int, ...]]:
+    """The axes of each leaf that stack layers.
 
-
-def stack_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
-    """The axes of each leaf that stack layers, which ``dims`` leaves unnamed."""
-    if isinstance(dims, Network):
-        return [layer.stack_axes if layer else () for layer in _layers_of(dims, params)]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    stacked = []
-    for (path, leaf), entry in zip(leaves, dims_leaves(params, dims), strict=True):
-        every = range(jnp.ndim(leaf))
-        named = every if entry is None else sum(_axes(path, len(every), entry), ())
-        stacked.append(tuple(a for a in every if a not in named))
-    return stacked
+    Raises:
+      ValueError: They have to be ``known``, and the tree leaves open which they are.
+    """
+    need: Need = lambda layer: known and layer.stack_axes  # noqa: E731
+    options = _options(params, mask, dims)
+    vague = lambda own: own is None or (not known and len(own.layers) != 1)  # noqa: E731
+    return [() if vague(x) else _agreed(caller, x, need).stack_axes for x in options]
 
 
 def filter_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
     """The axes of each leaf that number filters of grouped convolutions, if traced."""
     if not isinstance(dims, Network):
         return [()] * len(jax.tree.leaves(params))
-    layers = _layers_of(dims, params)
+    layers = traced_layers(dims, params)
     return [x.output_axes if x is not None and x.groups > 1 else () for x in layers]
 
 
@@ -361,72 +476,247 @@ def _is_floating(leaf: Any) -> bool:
     return is_number and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
-def _why_not(path: KeyPath, leaf: Any) -> str | None:
-    """The reason why a leaf is no weight by default, or ``None`` if it is one."""
-    if not _is_floating(leaf):
-        return f"not real and floating, but {_describe(leaf)}"
-    if (name := _name(path)) in _NOT_WEIGHTS:
-        return f"called {name!r}"
-    if jnp.ndim(leaf) < 2:
-        return f"of shape {jnp.shape(leaf)}, where a weight has two or more axes"
-    return None
-
-
 def _describe(leaf: Any) -> str:
     dtype = getattr(leaf, "dtype", None)
     return f"of type {type(leaf).__name__}" if dtype is None else f"of dtype {dtype}"
 
 
-def _key_name(key: Any) -> Any:
-    return next(
-        (getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)), key
-    )
+class _Leaf(NamedTuple):
+    """A leaf, and what its key path says of it.
+
+    Attributes:
+      path: Its path as users see it.
+      value: The leaf.
+      module: The names above it.
+      name: Its own name, in lower case, without a number at its end.
+      number: That number, as text.
+    """
+
+    path: str
+    value: Any
+    module: tuple[str, ...]
+    name: str
+    number: str
+
+    @classmethod
+    def of(cls, path: KeyPath, value: Any) -> "_Leaf":
+        """Takes a key path apart."""
+        *module, last = _words(path) or ("",)
+        name, number = _stem(last)
+        return cls(leaf_path(path), value, tuple(module), name, number)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return getattr(self.value, "shape", ())
 
 
-def _name(path: KeyPath) -> Any:
-    """The parameter's own name, past the ``.value`` that an ``nnx.State`` appends."""
-    names = [_key_name(k) for k in path if k != GetAttrKey("value")]
-    return names[-1] if names else None
+class _Tree:
+    """What names and ranks tell of the leaves of a tree, which are few of all cases."""
 
+    def __init__(self, params: Any):
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        self._leaves = [_Leaf.of(path, leaf) for path, leaf in paths]
+        self._beside: dict[Any, list[_Leaf]] = {}
+        self._modules: dict[Any, set[str]] = {}
+        for leaf in self._leaves:
+            self._beside.setdefault(leaf.module, []).append(leaf)
+            if leaf.module:
+                *above, own = leaf.module
+                self._modules.setdefault(tuple(above), set()).add(own)
 
-def _axes(
-    path: KeyPath, ndim: int, dims: MuonDimensionNumbers
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The input and output axes, counted from the front and checked."""
-    both = [(int(a),) if isinstance(a, int | np.integer) else tuple(a) for a in dims]
-    named = [a for axes in both for a in axes]
-    normal = [a % ndim for a in named if -ndim <= a < ndim]
-    if not all(both) or len(set(normal)) < len(named):
-        raise ValueError(
-            f"dims gives {dims} for {show_path(path)}, which has {ndim} axes: expected "
-            "one or more axes of it on each side, none of them twice."
+    def is_weight(self, index: int) -> bool:
+        """Whether a leaf is a weight.
+
+        Raises:
+          ValueError: It may be one or not.
+        """
+        if self.why_not(index) is not None:
+            return False
+        leaf = self._leaves[index]
+        named = leaf.name in WEIGHTS or WEIGHT_LIKE.fullmatch(leaf.name)
+        first = not named and len(leaf.shape) > 2 and leaf.shape[0] == 1
+        if first or self._may_be_scale(leaf):
+            what = "its first axis has size 1" if first else "it may be a stack of them"
+            raise ValueError(
+                f"{leaf.path}, of shape {leaf.shape}, may be a weight, or something "
+                f"that shifts or scales units ({what}). Pass "
+                "dims=weightreg.trace_network(fn, params, x), which reads it from the "
+                "network, or say it with mask=."
+            )
+        return True
+
+    def why_not(self, index: int) -> str | None:
+        """The reason why a leaf is no weight, or ``None`` if it may be one."""
+        leaf = self._leaves[index]
+        if not _is_floating(leaf.value):
+            return f"not real and floating, but {_describe(leaf.value)}"
+        if self._is_shift(leaf):
+            return f"called {leaf.name + leaf.number!r}"
+        if len(leaf.shape) < 2:
+            return f"of shape {leaf.shape}, where a weight has two or more axes"
+        bias = self._bias_of(leaf)
+        scale = bias is not None and UNITS_FIRST.fullmatch(leaf.name)
+        if scale and bias.shape == leaf.shape:
+            return f"of the shape of {bias.path}, hence a scale"
+        return None
+
+    def readings(self, index: int) -> tuple[tuple[Reading, ...], str]:
+        """What the axes of a weight may be, and how that is known."""
+        leaf = self._leaves[index]
+        bias = self._bias_of(leaf)
+        if bias is not None:
+            source = f"its name and the shape of {bias.path}"
+            return self._fitting(leaf, bias), source
+        usual = self._usual(leaf)
+        reverse = self._usual(leaf, reverse=True)
+        plain = len(leaf.shape) > 3 and self._kind(leaf) in ("any", "convolution")
+        if plain and not self._may_be_stacked(leaf):
+            usual, reverse = usual[:1], reverse[:1]
+        either = UNITS_FIRST.fullmatch(leaf.name) and len(leaf.shape) == 2
+        if either or self._may_be_turned(leaf):
+            usual += reverse
+        return usual, "its name"
+
+    def _is_shift(self, leaf: _Leaf) -> bool:
+        """Whether a leaf is known by its name to shift or scale units."""
+        beside = self._beside[leaf.module]
+        if leaf.name == "b":  # Haiku's name, and one that anything may have
+            named = any(WEIGHT_LIKE.fullmatch(x.name) or x.name == "w" for x in beside)
+            return named or _module(leaf) == "bias"
+        if leaf.name == "g":  # Equinox's weight normalization
+            return sum(n != 1 for n in leaf.shape) <= 1
+        return leaf.name in SHIFTS or SHIFT_LIKE.fullmatch(leaf.name) is not None
+
+    def _bias_of(self, leaf: _Leaf) -> _Leaf | None:
+        """The bias beside a weight, unless there are several of either."""
+        beside = [x for x in self._beside[leaf.module] if x.number == leaf.number]
+        biases = [x for x in beside if x.name in BIASES and self._is_shift(x)]
+        others = [x for x in beside if not self._is_shift(x) and len(x.shape) > 1]
+        return biases[0] if len(biases) == 1 and others == [leaf] else None
+
+    def _kind(self, leaf: _Leaf) -> Kind:
+        """What the name of a leaf's module says of it."""
+        if not leaf.module:
+            return "any"
+        beside = self._modules[leaf.module[:-1]]
+        name = _module(leaf)
+        for kind, names in MODULES.items():
+            alone = kind in ("dense", "convolution")
+            if names.fullmatch(name) and (alone or beside >= {"query", "key", "value"}):
+                return kind
+        return "any"
+
+    def _usual(self, leaf: _Leaf, *, reverse: bool = False) -> tuple[Reading, ...]:
+        """The readings for a leaf's name and rank, or for its axes turned round."""
+        if UNKNOWN.fullmatch(leaf.name) or UNKNOWN_MODULES.fullmatch(_module(leaf)):
+            return ()
+        first = UNITS_FIRST.fullmatch(leaf.name)
+        order: Order = "units first" if first else "units last"
+        order = REVERSED[order] if reverse else order
+        return READINGS.get((len(leaf.shape), order, self._kind(leaf)), ())
+
+    def _fitting(self, leaf: _Leaf, bias: _Leaf) -> tuple[Reading, ...]:
+        """The readings that the bias beside a weight allows."""
+        usual, reverse = self._both_ways(leaf, bias)
+        if usual and not self._may_be_turned(leaf):
+            single = len(usual[0].inputs + usual[0].outputs) == len(leaf.shape)
+            attends = single and self._kind(leaf) in ("attention", "merging")
+            return usual[:1] if attends else usual
+        return usual + reverse
+
+    def _both_ways(self, leaf: _Leaf, bias: _Leaf):
+        """The readings that fit, of the usual and of the reversed order of axes."""
+        both = self._usual(leaf), self._usual(leaf, reverse=True)
+        # Equinox keeps a convolution's bias as (units, 1, 1), and Haiku some.
+        for cut in (tuple, _without_last_ones):
+            found = [
+                tuple(r for r in some if cut(_bias_shape(r, leaf)) == cut(bias.shape))
+                for some in both
+            ]
+            if any(found):
+                return found
+        return (), ()
+
+    def _may_be_turned(self, leaf: _Leaf) -> bool:
+        """Whether the axes of a weight may be in the reversed order as well."""
+        turned = (leaf.name, len(leaf.shape)) in self._turned
+        return turned or TRANSPOSED_MODULES.fullmatch(_module(leaf)) is not None
+
+    @functools.cached_property
+    def _turned(self) -> set[tuple[str, int]]:
+        """Names and ranks of weights whose axes some bias shows to be turned round."""
+        turned = set()
+        for index, leaf in enumerate(self._leaves):
+            bias = self._bias_of(leaf) if self.why_not(index) is None else None
+            if bias is not None:
+                usual, reverse = self._both_ways(leaf, bias)
+                if reverse and not usual:
+                    turned.add((leaf.name, len(leaf.shape)))
+        return turned
+
+    def _may_be_stacked(self, leaf: _Leaf) -> bool:
+        """Whether some shift or scale has an axis of layers that a leaf has, too."""
+        shifts = [x.shape for x in self._leaves if self._is_shift(x)]
+        wide = [shape for shape in shifts if sum(n != 1 for n in shape) > 1]
+        return any(shape[a] == leaf.shape[a] for shape in wide for a in (0, 1))
+
+    def _may_be_scale(self, leaf: _Leaf) -> bool:
+        """Whether a matrix may be the scales of stacked layers.
+
+        Equinox calls scales ``weight``, too. A stack of them goes with one of weights.
+        """
+        called = UNITS_FIRST.fullmatch(leaf.name) is not None
+        if not called or len(leaf.shape) != 2 or self._bias_of(leaf) is not None:
+            return False
+        stacks = [x for x in self._leaves if x.name == leaf.name and len(x.shape) > 2]
+        return self._may_be_stacked(leaf) or any(
+            x.shape[0] == leaf.shape[0] for x in stacks
         )
-    return tuple(normal[: len(both[0])]), tuple(normal[len(both[0]) :])
+
+
+def _module(leaf: _Leaf) -> str:
+    """The name of the module that a leaf is in, without a number at its end."""
+    return _stem(leaf.module[-1])[0] if leaf.module else ""
+
+
+def _bias_shape(reading: Reading, leaf: _Leaf) -> tuple[int, ...]:
+    """The shape that the bias of a leaf has by a reading."""
+    return tuple(leaf.shape[a] for a in reading.bias)
+
+
+def _without_last_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without axes of size 1 at its end."""
+    return shape[: max((a + 1 for a, n in enumerate(shape) if n != 1), default=0)]
+
+
+def _words(path: KeyPath) -> list[str]:
+    """The names along a path, of which one key may hold several."""
+    keys = path[:-1] if path and path[-1] == GetAttrKey("value") else path
+    names: list[Any] = []
+    for key in keys:
+        name = next((getattr(key, a) for a in _KEYS if hasattr(key, a)), key)
+        names += name if isinstance(name, tuple) else [name]
+    return [word for name in names for word in re.split(r"[/.]", str(name))]
+
+
+_KEYS = ("key", "name", "idx")
+
+
+def _stem(word: str) -> tuple[str, str]:
+    """A name in lower case, and the number at its end."""
+    found = re.fullmatch(r"(.*?)_?(\d*)", word.lower(), re.DOTALL)
+    return (found[1], found[2]) if found else (word, "")
 
 
 def _layer(
-    path: KeyPath,
-    index: int,
-    shape: tuple[int, ...],
-    dims: MuonDimensionNumbers | None,
+    path: KeyPath, index: int, shape: tuple[int, ...], reading: Reading
 ) -> WeightLayer:
-    if dims is None and len(shape) < 2:
-        raise ValueError(
-            f"{show_path(path)} has shape {shape}: a weight has two or more axes, for "
-            "inputs and units. Leave the leaf out with mask=. (volumize does with any "
-            "leaf whose volume is a number.)"
-        )
-    if dims is None:
-        inputs, outputs = tuple(range(len(shape) - 1)), (len(shape) - 1,)
-    else:
-        inputs, outputs = _axes(path, len(shape), dims)
+    """The layer that a reading makes of a leaf."""
+    inputs, outputs, convolves, reach, _ = reading
     size = lambda axes: math.prod(shape[a] for a in axes)  # noqa: E731
-    # With dims, two reduction axes are rather attention's (heads, head_dim) than the
-    # (window, in) of a one-dimensional convolution.
-    convolves = len(outputs) == 1 and len(inputs) >= (2 if dims is None else 3)
     window = size(inputs[:-1]) if convolves else 1
     return WeightLayer(
-        path=show_path(path),
+        path=leaf_path(path),
         index=index,
         shape=shape,
         input_axes=inputs,
@@ -436,7 +726,7 @@ def _layer(
         window=window,
         fan_in=size(inputs),
         fan_out=size(outputs) * window,
-        reach=max(size(inputs[:-1]), 1),
+        reach=max(window, reach, 1),
     )
 
 

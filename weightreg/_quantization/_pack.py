@@ -70,7 +70,8 @@ def pack(
     check_levels(levels)
     scales = scales_of("pack", params, volume, mask, dims)
     paths = jax.tree_util.tree_leaves_with_path(params)
-    stacked, filters = stack_axes(params, dims), filter_axes(params, dims)
+    stacked = stack_axes("pack", params, mask, dims, known=False)
+    filters = filter_axes(params, dims)
     packed = {}
     for i, w in each(params, scales):
         own = _apart(stacked[i], filters[i], scales[i])

@@ -155,7 +155,7 @@ def level_distances(
     check_levels(levels)
     scales = scales_of("level_distances", params, volume, mask, dims)
     paths = jax.tree_util.tree_leaves_with_path(params)
-    stacked = stack_axes(params, dims)
+    stacked = stack_axes("level_distances", params, mask, dims, known=True)
     return {
         show_path(paths[i][0]): _distance(w, scales[i], levels, stacked[i])
         for i, w in each(params, scales)
@@ -281,8 +281,8 @@ def scales_of(
     the step ``count``; without one they are refused.
     """
     check_argument(volume)
-    stack_axes(params, dims)  # refuses axes that a weight does not have
     volumes = volumes_of(caller, params, volume, mask, dims, count)
+    stack_axes(caller, params, mask, dims, known=False)  # refuses a dims that is wrong
     paths = jax.tree_util.tree_leaves_with_path(params)
     return {
         i: _scale(f"volume at {show_path(paths[i][0])}", volumes[i], w)

@@ -15,6 +15,7 @@ from weightreg._core._norms import (
     Axes,
     Scaled,
     cumulative_product,
+    need_of,
     norm_of,
     or_one,
     parse_norm,
@@ -176,7 +177,7 @@ def gbr_bounds(params: Any, *, mask: Mask = None, dims: Dims = None) -> GbrBound
       >>> print(jnp.exp(bounds.log_mean_power))  # 34^2
       1156.0
     """
-    layers = layers_for("gbr_bounds", params, mask, dims)
+    layers = layers_for("gbr_bounds", params, mask, dims, need_of(FROBENIUS))
     if isinstance(dims, Network):
         _check_bounded("gbr_bounds", dims, layers)
         _check_dense(layers)

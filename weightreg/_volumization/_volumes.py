@@ -3,8 +3,8 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ from weightreg._core._weights import (
     Mask,
     WeightLayer,
     check_dtypes,
+    layers_of,
     mask_leaves,
-    weight_layers,
 )
 
 
@@ -44,6 +44,7 @@ class VolumeRule(EqualByFields, abc.ABC):
       dims: What their axes mean, by default the ``dims`` given to `volumize`.
     """
 
+    name: ClassVar[str]
     mask: Mask
     dims: Dims
 
@@ -51,12 +52,16 @@ class VolumeRule(EqualByFields, abc.ABC):
     def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
         """One volume for each of all layers."""
 
+    @abc.abstractmethod
+    def need(self, layer: WeightLayer) -> Hashable:
+        """What the rule makes of a layer."""
+
     def __call__(self, params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
         """Makes the tree of volumes, with ``None`` for leaves that are no weights."""
         refuse_step_count("volume", params)
         mask = mask if self.mask is None else self.mask
         dims = dims if self.dims is None else self.dims
-        layers = weight_layers(params, mask=mask, dims=dims)
+        layers = layers_of(self.name, params, mask, dims, self.need)
         indices = (layer.index for layer in layers)
         volumes = dict(zip(indices, self.volumes(layers), strict=True))
         return spread(params, volumes, None)
@@ -66,12 +71,17 @@ class VolumeRule(EqualByFields, abc.ABC):
 class HeVolume(VolumeRule):
     """The rule that `he_volume` makes."""
 
+    name = "he_volume"
     v: Number
     fan: str
 
     def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
         """One volume for each layer, by its own fan."""
-        return [self._volume(_FANS[self.fan](layer)) for layer in layers]
+        return [self._volume(self.need(layer)) for layer in layers]
+
+    def need(self, layer: WeightLayer) -> float:
+        """The fan of a layer."""
+        return _FANS[self.fan](layer)
 
     def _volume(self, fan: float) -> Number:
         if not fan:  # for a layer without elements no wall matters
@@ -83,6 +93,7 @@ class HeVolume(VolumeRule):
 class LipschitzVolume(VolumeRule):
     """The rule that `lipschitz_volume` makes."""
 
+    name = "lipschitz_volume"
     bound: Number
 
     def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
@@ -90,11 +101,19 @@ class LipschitzVolume(VolumeRule):
         depth = max(sum(_passes(layer) for layer in layers), 1)
 
         def volume(layer: WeightLayer) -> Number:
-            sides = max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
-            scale = 1 / (sides * math.sqrt(layer.reach) * layer.factor)
+            scale = 1 / (_sides(layer) * math.sqrt(layer.reach) * layer.factor)
             return _lift(lambda c: c ** (1 / depth) * scale, self.bound)
 
         return list(map(volume, layers))
+
+    def need(self, layer: WeightLayer) -> Hashable:
+        """The sides of a layer's matrix, and what its window and its stack add."""
+        return _sides(layer), layer.reach, layer.stack_axes
+
+
+def _sides(layer: WeightLayer) -> int:
+    """The larger side of the kernel matrix: its units, or its inputs."""
+    return max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
 
 
 def _passes(layer: WeightLayer) -> int:

@@ -26,13 +26,8 @@ from weightreg._core._arguments import (
     replaced,
 )
 from weightreg._core._mesh import gathered, placed
-from weightreg._core._weights import (
-    Dims,
-    Mask,
-    WeightLayer,
-    check_dtypes,
-    weight_layers,
-)
+from weightreg._core._norms import need_of
+from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
 
 
 def parseval(
@@ -266,7 +261,6 @@ def _gram_axes(layer: WeightLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _layers(params: Any, mask: Mask, dims: Dims) -> dict[int, WeightLayer]:
-    """Checks dtypes, and gives the layers by the positions of their weights."""
-    layers = {x.index: x for x in weight_layers(params, mask=mask, dims=dims)}
-    check_dtypes("parseval", params, layers)
-    return layers
+    """The layers by the positions of their weights."""
+    layers = layers_for("parseval", params, mask, dims, need_of("spectral"))
+    return {layer.index: layer for layer in layers}

@@ -18,6 +18,7 @@ from weightreg._core._norms import (
     FROBENIUS,
     Scaled,
     cumulative_product,
+    need_of,
     or_one,
     scaled,
     times_power,
@@ -208,7 +209,7 @@ def minimum_weight_decay(
       >>> print(wr.minimum_weight_decay(params))  # 4^2 + 4^2, now 8^2 + 2^2
       32.0
     """
-    layers = layers_for("minimum_weight_decay", params, mask, dims)
+    layers = layers_for("minimum_weight_decay", params, mask, dims, need_of(FROBENIUS))
     if not layers:
         return jnp.zeros([], jnp.float32)
     return _minimum(chain_norms(params, layers, FROBENIUS))

@@ -25,13 +25,12 @@ from weightreg._core._arguments import (
     replaced,
     spread,
 )
-from weightreg._core._norms import Axes, Norm, start_vector
+from weightreg._core._norms import Axes, Norm, need_of, start_vector
 from weightreg._core._weights import (
     Dims,
     Mask,
     WeightLayer,
     layers_for,
-    weight_layers,
 )
 from weightreg._weissi._penalty import (
     Form,
@@ -258,7 +257,7 @@ def add_weissi(
         return sizes, {i: vector for i, (_, vector) in found.items()}
 
     def init_fn(params):
-        axes, _ = _weights(params, exponents, mask, dims)
+        axes, _ = _weights(form, params, exponents, mask, dims)
         vectors: Any = ()
         if carries_vectors:
             key = jax.random.key(0)
@@ -273,7 +272,7 @@ def add_weissi(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_params(params)
-        axes, powers = _weights(params, exponents, mask, dims)
+        axes, powers = _weights(form, params, exponents, mask, dims)
         vectors = state.vectors
         if carries_vectors:
             before = jax.tree.structure(params).flatten_up_to(vectors)
@@ -326,7 +325,8 @@ def cnn_exponents(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
       {'conv': 2, 'out': 1}
     """
     refuse_step_count("exponents", params)
-    layers = weight_layers(params, mask=mask, dims=dims)
+    need = lambda layer: layer.convolves  # noqa: E731
+    layers = layers_for("cnn_exponents", params, mask, dims, need)
     powers = {layer.index: 2 if layer.convolves else 1 for layer in layers}
     return spread(params, powers, None)
 
@@ -460,17 +460,17 @@ def layer_complexity(
 
 def _penalty(form, energy, complexity, params, exponents, mask, dims) -> jax.Array:
     """The value of the penalty for a tree of parameters."""
-    axes, powers = _weights(params, exponents, mask, dims)
+    axes, powers = _weights(form, params, exponents, mask, dims)
     arrays = [w for _, w in each(params, axes)]
     hyper = Hyper.of(energy, complexity, powers)
     return penalty_value(form, tuple(axes.values()), hyper, arrays)
 
 
 def _weights(
-    params: Any, exponents: Any, mask: Mask, dims: Dims
+    form: Form, params: Any, exponents: Any, mask: Mask, dims: Dims
 ) -> tuple[dict[int, Axes], list[jax.Array]]:
     """The axes of all weights by their positions, and the exponents ``n_l``."""
-    layers = layers_for("weissi", params, mask, dims)
+    layers = layers_for("weissi", params, mask, dims, need_of(*form.norms()))
     powers = _powers(exponents, params, layers, mask, dims)
     return {layer.index: Axes.of(layer) for layer in layers}, powers
 
