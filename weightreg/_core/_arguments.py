@@ -182,7 +182,12 @@ def show_path(path: KeyPath) -> str:
 
 def leaf_path(path: KeyPath) -> str:
     """A leaf's path, without the ``.value`` that boxes and ``nnx.State`` append."""
-    return show_path(path[:-1] if path[-1:] == _BOXED else path)
+    return show_path(own_path(path))
+
+
+def own_path(path: KeyPath) -> KeyPath:
+    """A leaf's path, without the ``.value`` that boxes and ``nnx.State`` append."""
+    return path[:-1] if path[-1:] == _BOXED else path
 
 
 def is_hole(node: Any) -> bool:

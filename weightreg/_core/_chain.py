@@ -12,12 +12,17 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import GetAttrKey
 
-from weightreg._core._arguments import KeyPath, compute_dtype, leaf_path, show_path
+from weightreg._core._arguments import (
+    KeyPath,
+    compute_dtype,
+    leaf_path,
+    own_path,
+    show_path,
+)
 from weightreg._core._network import Network
 from weightreg._core._norms import Axes, Norm, Scaled, concatenate, norm_of
-from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
+from weightreg._core._weights import Beside, Dims, Mask, WeightLayer, layers_for
 
 LayerOrder: TypeAlias = Sequence[WeightLayer | str] | Network | None
 """Layers in the order in which a network calls them, which `chain_of` reads."""
@@ -47,7 +52,7 @@ class Chain(NamedTuple):
 def chain_of(
     params: Any, layers: LayerOrder, mask: Mask, dims: Dims, *, ordered: bool = False
 ) -> Chain:
-    """Finds the layers that a user names, and the floating leaf ``bias`` beside each.
+    """Finds the layers that a user names, and the bias beside each.
 
     A name is the path of a weight (``"['Dense_0']['kernel']"`` or ``"Dense_0/kernel"``)
     or that of its module (``"Dense_0"``). ``None`` stands for all weights in the order
@@ -148,7 +153,7 @@ def _by_name(weights: _Layers, paths: _Paths) -> dict[str, list[WeightLayer]]:
     """The weights that each name stands for."""
     found: dict[str, list[WeightLayer]] = {}
     for layer in weights:
-        path = _own_path(paths[layer.index][0])
+        path = own_path(paths[layer.index][0])
         shown = show_path(paths[layer.index][0])
         names = {layer.path, shown, _slashed(path), _slashed(path[:-1])}
         for name in names - {""}:
@@ -178,7 +183,7 @@ def _check_belongs(
     if layer in weights:
         return
     there = [
-        (show_path(path), jnp.shape(leaf))
+        (leaf_path(path), jnp.shape(leaf))
         for path, leaf in paths[layer.index :][:1]
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
@@ -216,27 +221,33 @@ def _check_stack(layer: WeightLayer) -> None:
 
 def _biases(layers: _Layers, weights: _Layers, paths: _Paths) -> tuple[int | None, ...]:
     """Checks every layer's bias, and gives its position among the leaves."""
-    parent = lambda index: _own_path(paths[index][0])[:-1]  # noqa: E731
-    taken = {layer.index for layer in (*layers, *weights)}
-    parents = [parent(index) for index in taken]
-    biases = {
-        parent(index): index
-        for index, (path, leaf) in enumerate(paths)
-        if index not in taken and _is_inexact(leaf)
-        if _slashed(_own_path(path)[-1:]) == "bias"
-    }
-    found = tuple(biases.get(parent(layer.index)) for layer in layers)
-    for layer, index in zip(layers, found, strict=True):
-        if index is None:
-            continue
-        path, leaf = paths[index]
-        if parents.count(parent(index)) > 1:
+    beside = Beside([path for path, _ in paths])
+    floating = {i for i, (_, leaf) in enumerate(paths) if _is_inexact(leaf)}
+    known = {layer.index for layer in (*layers, *weights)}
+    found: list[int | None] = []
+    for layer in layers:
+        biases = [i for i in beside.biases(layer.index) if i in floating - known]
+        sharing = [x for x in known if biases and biases[0] in beside.biases(x)]
+        if len(biases) > 1 or len(sharing) > 1:
             raise ValueError(
-                f"{show_path(path)} might be the bias of several weights beside it: "
-                "expected one weight for a bias."
+                f"{leaf_path(paths[biases[0]][0])} might be the bias of several "
+                f"weights beside it, or {layer.path} has several biases: expected one "
+                "weight for a bias."
             )
-        _check_bias(layer, show_path(path), jnp.shape(leaf))
-    return found
+        for index in biases:
+            _check_bias(layer, leaf_path(paths[index][0]), jnp.shape(paths[index][1]))
+        found.append(biases[0] if biases else None)
+    understood = known | {i for x in known for i in beside.biases(x)}
+    for layer in layers:
+        for index in beside.all(layer.index):
+            if index in floating - understood:
+                raise ValueError(
+                    f"{leaf_path(paths[index][0])} is beside {layer.path} and neither "
+                    "a weight nor a bias of one, called bias or b: what it does to "
+                    "the network's function is not known. Trace the network: "
+                    "layers=weightreg.trace_network(fn, params, x)."
+                )
+    return tuple(found)
 
 
 def _check_bias(layer: WeightLayer, path: str, shape: tuple[int, ...]) -> None:
@@ -259,15 +270,10 @@ def _check_complete(paths: _Paths, used: list[int]) -> None:
     for index, (path, leaf) in enumerate(paths):
         if _is_inexact(leaf) and index not in used:
             raise ValueError(
-                f"{show_path(path)} is neither a weight nor a leaf called bias beside "
-                "one, so that these parameters may not be those of a chain of layers. "
+                f"{leaf_path(path)} is neither a weight nor a leaf called bias (or b) "
+                "beside one, so that these parameters may not be a chain of layers. "
                 "If those that matter are one, name them in layers=."
             )
-
-
-def _own_path(path: KeyPath) -> KeyPath:
-    """A parameter's own path, without the ``.value`` that an ``nnx.State`` appends."""
-    return path[:-1] if path and path[-1] == GetAttrKey("value") else path
 
 
 def _slashed(path: KeyPath) -> str:

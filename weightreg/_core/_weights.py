@@ -7,19 +7,20 @@ itself.
 import functools
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey, GetAttrKey
+from jax.tree_util import DictKey
 
 from weightreg._core._arguments import (
     KeyPath,
     is_function,
     leaf_path,
     match,
+    own_path,
     refuse_step_count,
     show_path,
 )
@@ -510,6 +511,24 @@ class _Leaf(NamedTuple):
         return getattr(self.value, "shape", ())
 
 
+class Beside:
+    """The leaves that are in one module with a weight."""
+
+    def __init__(self, paths: Sequence[KeyPath]):
+        self._leaves = [_Leaf.of(path, None) for path in paths]
+
+    def all(self, weight: int) -> list[int]:
+        """The positions of all leaves in the module of a weight, which is one, too."""
+        own = self._leaves[weight].module
+        return [i for i, leaf in enumerate(self._leaves) if leaf.module == own]
+
+    def biases(self, weight: int) -> list[int]:
+        """The positions of those that are called a bias, with the weight's number."""
+        number = self._leaves[weight].number
+        beside = ((i, self._leaves[i]) for i in self.all(weight))
+        return [i for i, x in beside if x.name in BIASES and x.number == number]
+
+
 class _Tree:
     """What names and ranks tell of the leaves of a tree, which are few of all cases."""
 
@@ -691,9 +710,8 @@ def _without_last_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _words(path: KeyPath) -> list[str]:
     """The names along a path, of which one key may hold several."""
-    keys = path[:-1] if path and path[-1] == GetAttrKey("value") else path
     names: list[Any] = []
-    for key in keys:
+    for key in own_path(path):
         name = next((getattr(key, a) for a in _KEYS if hasattr(key, a)), key)
         names += name if isinstance(name, tuple) else [name]
     return [word for name in names for word in re.split(r"[/.]", str(name))]

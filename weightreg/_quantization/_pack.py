@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
-from weightreg._core._arguments import each, is_real, replaced, show_path
+from weightreg._core._arguments import each, is_real, leaf_path, replaced
 from weightreg._core._mesh import gathered
 from weightreg._core._packed_weight import PackedWeight
 from weightreg._core._weights import Dims, Mask, filter_axes, is_packed, stack_axes
@@ -75,7 +75,7 @@ def pack(
     packed = {}
     for i, w in each(params, scales):
         own = _apart(stacked[i], filters[i], scales[i])
-        scale = _one_per_layer(show_path(paths[i][0]), scales[i], w, own)
+        scale = _one_per_layer(leaf_path(paths[i][0]), scales[i], w, own)
         packed[i] = _encode(w, scale, levels, own)
     return replaced(params, packed, params)
 

@@ -18,8 +18,8 @@ from weightreg._core._arguments import (
     each,
     each_with_update,
     is_real,
+    leaf_path,
     replaced,
-    show_path,
 )
 from weightreg._core._weights import Dims, Mask, stack_axes
 from weightreg._volumization._box import land, reach, round_to
@@ -157,7 +157,7 @@ def level_distances(
     paths = jax.tree_util.tree_leaves_with_path(params)
     stacked = stack_axes("level_distances", params, mask, dims, known=True)
     return {
-        show_path(paths[i][0]): _distance(w, scales[i], levels, stacked[i])
+        leaf_path(paths[i][0]): _distance(w, scales[i], levels, stacked[i])
         for i, w in each(params, scales)
     }
 
@@ -285,7 +285,7 @@ def scales_of(
     stack_axes(caller, params, mask, dims, known=False)  # refuses a dims that is wrong
     paths = jax.tree_util.tree_leaves_with_path(params)
     return {
-        i: _scale(f"volume at {show_path(paths[i][0])}", volumes[i], w)
+        i: _scale(f"volume at {leaf_path(paths[i][0])}", volumes[i], w)
         for i, w in each(params, volumes)
     }
 

@@ -20,9 +20,9 @@ from weightreg._core._arguments import (
     is_function,
     is_hole,
     is_real,
+    leaf_path,
     match,
     refuse_step_count,
-    show_path,
     spread,
 )
 from weightreg._core._weights import (
@@ -304,7 +304,7 @@ def volumes_of(
     for index in weights:
         path, leaf = paths[index]
         entry: Any = found[index]
-        where = f"volume at {show_path(path)}"
+        where = f"volume at {leaf_path(path)}"
         if is_hole(entry):
             raise ValueError(
                 f"{where} is missing, though the leaf (shape {jnp.shape(leaf)}) is a "
