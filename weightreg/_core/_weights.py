@@ -19,6 +19,7 @@ from optax.contrib import MuonDimensionNumbers
 from weightreg._core._arguments import (
     KeyPath,
     is_function,
+    is_hole,
     leaf_path,
     match,
     refuse_step_count,
@@ -38,6 +39,19 @@ SUPPORTED = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 # last one. Their rank does not tell, since biases of attention are (heads, head_dim)
 # and those of scanned layers have a leading axis of layers.
 _NOT_WEIGHTS = frozenset({"bias", "scale", "convex_logits"})
+
+# Where a weight is missing, only its name is left to tell it. These are the names that
+# Flax, Haiku and Equinox give to weights.
+_CALLED_WEIGHTS = frozenset(
+    {
+        *("kernel", "weight", "weights", "w", "weight_ih", "weight_hh"),
+        *("embedding", "embeddings"),
+    }
+)
+
+# Modules of Equinox without any weight, though their scale, which may be missing, is
+# called one.
+_NORMALIZATIONS = frozenset({"BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"})
 
 
 def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
@@ -340,6 +354,72 @@ def check_dtypes(caller: str, params: Any, wanted: Iterable[int]) -> None:
                 f"{', '.join(d.name for d in supported)}. Leave it out with mask=, or "
                 "keep it in one of these, as by leaf.astype(jnp.bfloat16)."
             )
+
+
+def check_whole(caller: str, params: Any, mask: Mask, dims: Dims, around: str) -> None:
+    """Refuses a tree in which weights are missing, where all layers are needed.
+
+    A hole of ``optax.masked`` may be anything, hence counts as a weight if neither
+    ``mask`` nor ``dims`` nor its name says that it is none. A hole ``None`` may be a
+    function of an Equinox module, or a bias that a layer does not have, and counts only
+    if one of them says that it is a weight.
+
+    Args:
+      caller: Name of the function that needs all layers, for the error.
+      params: The parameters, with their holes.
+      mask: Which leaves are weights.
+      dims: What their axes mean.
+      around: What a user writes to give it all parameters, for the error.
+
+    Raises:
+      ValueError: There is a hole where a weight is, or may be.
+    """
+
+    def stop(node: Any) -> bool:
+        return is_hole(node) or type(node).__name__ in _NORMALIZATIONS
+
+    rules: tuple[Any, Any] = mask, dims
+    said = [rule(params) if is_function(rule) else rule for rule in rules]
+    for path, hole in jax.tree_util.tree_leaves_with_path(params, is_leaf=stop):
+        if is_hole(hole) and _may_be_weight(path, hole, *said):
+            raise ValueError(
+                f"{caller} needs all layers, but params has a hole at "
+                f"{show_path(path)}, where a weight may be ({type(hole).__name__}, as "
+                f"optax.masked, optax.partition or eqx.partition cut it). {around} If "
+                "the hole is no weight, or the other layers alone are meant, say so "
+                "with mask=, a tree of booleans (or a function that makes one) that is "
+                "False at the hole."
+            )
+
+
+def _may_be_weight(path: KeyPath, hole: Any, mask: Any, dims: Any) -> bool:
+    """Whether a hole has to be taken for a weight."""
+    flags = [x for x in _entries(mask, path) if isinstance(x, bool | np.bool_)]
+    if flags:
+        return any(flags)
+    if isinstance(dims, Network):
+        where = leaf_path(path)
+        inside = [x.path for x in dims.layers if x.path.startswith(where)]
+        return any(name[len(where) :][:1] in ("", "[", ".") for name in inside)
+    entries = [] if dims is None else _entries(dims, path)
+    if any(isinstance(entry, MuonDimensionNumbers) for entry in entries):
+        return True
+    if hole is None:  # A tree of dims that is made from this one has None here as well.
+        return _name(path) in _CALLED_WEIGHTS
+    return None not in entries and not _is_called_no_weight(path)
+
+
+def _entries(tree: Any, path: KeyPath) -> list[Any]:
+    """What a tree, or a prefix of one, says of the node at a path, or of its leaves."""
+    is_entry = lambda x: is_hole(x) or isinstance(x, MuonDimensionNumbers)  # noqa: E731
+    entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_entry)
+    meets = lambda a, b: a[: len(b)] == b[: len(a)]  # noqa: E731
+    return [entry for where, entry in entries if meets(where, path)]
+
+
+def _is_called_no_weight(path: KeyPath) -> bool:
+    """Whether the name of a leaf, which may not be there, says that it is no weight."""
+    return _name(path) in _NOT_WEIGHTS
 
 
 def is_packed(node: Any) -> bool:
