@@ -109,6 +109,20 @@ def test_a_traced_network_knows_its_weights(call):
             call({"a": DENSE, "b": hole}, dims=net)
 
 
+class Pair(eqx.Module):
+    """Two weights, the path of one of which begins like that of the other."""
+
+    out: jax.Array
+    out2: jax.Array
+
+
+@whole
+def test_a_traced_network_tells_names_that_begin_alike_apart(call):
+    both = Pair(jnp.ones(3), jnp.eye(3))
+    net = wr.trace_network(lambda p, x: x @ p.out2 + p.out, both, jnp.ones((1, 3)))
+    call(Pair(HOLE, jnp.eye(3)), dims=net)
+
+
 @pytest.mark.parametrize("call", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("hole", [HOLE, {"kernel": None}])
 def test_sums_over_layers_are_right_by_parts(call, hole):
