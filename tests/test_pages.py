@@ -40,6 +40,11 @@ CHECKS = {
         "len(left) == 2 and set(left.values()) == {\"called 'bias'\"}",
         "[layer.fan_in for layer in layers] == [64, 128]",
         "box['weight'] == wr.he_volume(0.5)({'w': jnp.ones((64, 10))})['w']",
+        "jnp.max(abs(kernels(params)[1])) > 0.3",
+        "not jnp.any(kernels(frozen.update(params, frozen.init(params), params))[0])",
+        "jnp.max(abs(kernels(free.update(params, free.init(params), params)[1].z)[1]))"
+        " <= 0.3",
+        "slow.init(optax.LookaheadParams.init_synced(params)).steps_since_sync == 0",
     ],
     "weightreg/_quantization/README.md": [
         "(logits.argmax(-1) == y_test).mean() > 0.85",

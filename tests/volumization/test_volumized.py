@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from flax import nnx
 from jax.tree_util import DictKey, GetAttrKey
 from optax import contrib
@@ -65,8 +66,6 @@ MOMENTS = {
     "momo_adam": (contrib.momo_adam, {"exp_avg"}),
     "muon": (contrib.muon, {"mu"}),
     "prodigy": (contrib.prodigy, {"exp_avg"}),
-    "schedule_free": (
-        lambda rate: contrib.schedule_free(optax.adam(rate), rate), {"mu"}),
     "simplified_ademamix": (contrib.simplified_ademamix, {"m"}),
     "sophia": (contrib.sophia, {"mu"}),
     "weightreg.laprop": (wr.laprop, {"mu"}),
@@ -90,10 +89,15 @@ WITHOUT = {
     "dowg": contrib.dowg,
     "galore": p(contrib.galore, rank=2),  # its moments are those of projections
     "madgrad": contrib.madgrad,
+}
+# Optimizers after which other parameters are used than those they step.
+ELSEWHERE = {
+    "lookahead": lambda rate: optax.lookahead(optax.adam(rate), 5, 0.5),
+    "schedule_free": lambda rate: contrib.schedule_free(optax.adam(rate), rate),
     "schedule_free_adamw": contrib.schedule_free_adamw,
     "schedule_free_sgd": contrib.schedule_free_sgd,
 }
-
+ABSOLUTE = {"cocob": contrib.cocob, "madgrad": contrib.madgrad}
 
 OTHER = {  # no optimizers, or nothing that is not above
     "differentially_private_aggregate",
@@ -154,8 +158,8 @@ def test_first_moments_are_damped_where_weights_are_outside_and_nothing_else(nam
 @pytest.mark.parametrize("name", WITHOUT)
 def test_optimizers_without_a_first_moment_are_refused_unless_meant(name):
     bare = WITHOUT[name](0.01)
-    with pytest.raises(ValueError, match=r"no first moment for \['kernel'\]"):
-        wr.volumized(bare, 1.0, 0.5).init(PARAMS)
+    with pytest.raises(ValueError, match=r"no first moment for \['kernel'\].* frozen"):
+        wr.volumized(bare, 1.0, 0.0).init(PARAMS)
     ours = wr.volumized(bare, 1.0, 0.0, require_momentum=False)
     _, theirs = update(bare, GRADS[0], bare.init(PARAMS))
     updates, mine = update(ours, GRADS[0], ours.init(PARAMS))
@@ -168,7 +172,7 @@ def test_optimizers_without_a_first_moment_are_refused_unless_meant(name):
 
 
 def test_every_optimizer_of_optax_is_in_the_tables():
-    known = {name.split()[0] for name in (*MOMENTS, *WITHOUT)}
+    known = {name.split()[0] for name in (*MOMENTS, *WITHOUT, *ELSEWHERE)}
     for module, home in ((optax, "optax._src.alias"), (contrib, "optax.contrib._")):
         names = {
             name
@@ -180,6 +184,155 @@ def test_every_optimizer_of_optax_is_in_the_tables():
         }
         assert len(names) > 15
         assert names - OTHER <= known
+
+
+# Steps that take every optimizer to the wall, where 0.1 or 30 of them do not.
+RATES = {"adadelta": 30.0, "adafactor": 0.3, "fromage": 0.3, "galore": 1.0}
+RATES |= {"lamb": 0.3, "lars": 100.0, "mechanize": 3.0}
+STARTS = {
+    "dadapt_adamw": lambda rate: contrib.dadapt_adamw(rate, estim_lr0=1.0),
+    "dog": lambda rate: contrib.dog(10 * rate, ("learning_rate", 0.1)),
+    "dowg": lambda rate: contrib.dowg(10 * rate, 1.0),
+    "prodigy": lambda rate: contrib.prodigy(rate, estim_lr0=1.0),
+}
+# Wrappers that keep something of the parameters, of the updates, or of the steps.
+AROUND = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(
+        tx, lambda step: True
+    ),
+    "ema": lambda tx: optax.chain(tx, optax.ema(0.5)),
+    "flatten": optax.flatten,
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(
+        lambda scale: optax.chain(tx, optax.scale(scale))
+    )(1.0),
+    "mechanize sgd": lambda tx: contrib.mechanize(optax.chain(tx, optax.scale(10.0))),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "reduce_on_plateau": lambda tx: optax.chain(tx, contrib.reduce_on_plateau()),
+    "snapshot": lambda tx: optax.chain(tx, optax.snapshot("u", lambda u: u)),
+    "split_real_and_imaginary": contrib.split_real_and_imaginary,
+    "line search": lambda tx: optax.chain(
+        tx, optax.scale_by_backtracking_linesearch(5)
+    ),
+    "zoom": lambda tx: optax.chain(tx, optax.scale_by_zoom_linesearch(5)),
+}
+EVERY = {name: factory for name, (factory, _) in MOMENTS.items()} | WITHOUT | STARTS
+EVERY |= {name: lambda rate, f=f: f(optax.sgd(rate, 0.9)) for name, f in AROUND.items()}
+START = {"bias": jnp.zeros(3), "kernel": 0.1 * jnp.sign(PARAMS["kernel"])}
+GOAL = {"bias": jnp.ones(3), "kernel": 3 * jnp.sign(PARAMS["kernel"][::-1])}
+
+
+def distance(params):
+    """A loss whose minimum lies far outside of the box."""
+    difference = jax.tree.map(jnp.subtract, params, GOAL)
+    return optax.tree.norm(difference, squared=True) / 2
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_optimizer_stays_in_the_box_and_gets_to_the_wall(name):
+    bare = EVERY[name](RATES.get(name.split()[0], 0.1))
+    tx = wr.volumized(bare, 0.25, 0.0, require_momentum=False)
+    extra = {"value_fn": distance}
+    if "search" not in name and name != "zoom":  # which take no other arguments
+        extra["obj_fn"] = distance
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(distance)(params)
+        updates, state = tx.update(
+            grads, state, params, value=value, grad=grads, **extra
+        )
+        params = optax.apply_updates(params, updates)
+        return (params, state), params["kernel"]
+
+    _, seen = quick.jit(lambda carry: jax.lax.scan(step, carry, length=40))(
+        (START, tx.init(START))
+    )
+    assert jnp.max(jnp.abs(seen)) == 0.25
+    inside = jnp.abs(seen[-1] - jnp.sign(GOAL["kernel"]) * 0.25) > 1e-6
+    assert not jnp.any(inside) or name == "galore"  # whose steps are of low rank
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.masked(tx, True)])
+def test_optimizers_after_which_other_parameters_are_used_are_refused(name, wrap):
+    bare = wrap(optax.chain(optax.clip(1.0), ELSEWHERE[name](0.1)))
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    params = params if name == "lookahead" else PARAMS
+    tx = wr.volumized(bare, 0.25, 0.0, require_momentum=False)
+    with pytest.raises(ValueError, match=r"cannot wrap (look|sched).* Put it around"):
+        tx.init(params)
+    with pytest.raises(ValueError, match=r"cannot wrap (look|sched).* Put it around"):
+        tx.update(params, VolumizedState(jnp.int32(0), bare.init(params)), params)
+
+
+@pytest.mark.parametrize("name", ABSOLUTE)
+def test_optimizers_that_undo_each_pull_have_no_soft_wall(name):
+    bare = ABSOLUTE[name](0.1)
+    state = VolumizedState(jnp.int32(0), bare.init(PARAMS))
+    soft = {"number": 0.5, "schedule": optax.constant_schedule(0.0)}
+    for alpha in soft.values():
+        tx = wr.volumized(bare, 0.25, alpha, require_momentum=False)
+        with pytest.raises(ValueError, match=f"alpha must be .* around {name}.* soft"):
+            tx.init(PARAMS)
+        with pytest.raises(ValueError, match=f"alpha must be .* around {name}.* soft"):
+            tx.update(GRADS[0], state, PARAMS)
+    wr.volumized(bare, 0.25, 1.0, require_momentum=False).init(PARAMS)
+
+
+def from_z(tx):
+    """What steps from the iterate of schedule_free, which is not the parameters."""
+
+    def update(updates, state, params=None):
+        inner, z = state
+        updates, inner = tx.update(updates, inner, z)
+        return updates, (inner, optax.apply_updates(z, updates))
+
+    return optax.GradientTransformation(lambda p: (tx.init(p), p), update)
+
+
+def largest(tx, start, shown, evaluated, steps=150):
+    """The largest of all weights that are evaluated on the way to a goal that turns."""
+
+    def step(carry, t):
+        params, state = carry
+        goal = jnp.where(t < 60, -1, 1) * GOAL["kernel"]
+        grads = {**START, "kernel": shown(params)["kernel"] - goal}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), jnp.max(jnp.abs(evaluated(params, state)["kernel"]))
+
+    run = quick.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps)))
+    return float(jnp.max(run((start, tx.init(start)))[1]))
+
+
+def test_schedule_free_goes_around_what_steps_from_z():
+    x = lambda params, state: contrib.schedule_free_eval_params(state, params)  # noqa: E731
+    z = lambda params, state: state.z  # noqa: E731
+    box = wr.volumized(optax.adam(0.1, b1=0.0), 0.25, 0.0)
+    bad, good = (contrib.schedule_free(tx, 0.1) for tx in (box, from_z(box)))
+    assert largest(bad, START, lambda p: p, x) > 0.26
+    assert 0.249 < largest(good, START, lambda p: p, x) < 0.25 * (1 + 1e-6)
+    assert largest(good, START, lambda p: p, z) == 0.25
+
+
+def test_lookahead_goes_around():
+    start = optax.LookaheadParams.init_synced(START)
+    tx = optax.lookahead(wr.volumized(optax.adam(0.1), 0.25, 0.0), 5, 0.5)
+    for which in ("fast", "slow"):
+        read = lambda params, state=None, which=which: getattr(params, which)  # noqa: E731
+        most = largest(tx, start, lambda params: params.fast, read)
+        assert 0.249 < most < 0.25 * (1 + 1e-6)
+
+
+def test_mechanize_goes_inside():
+    """It rescales what is inside of it, and starts anew from what is done around it."""
+    fast = optax.adam(1.0)
+    bad = contrib.mechanize(wr.volumized(fast, 0.25, 0.0))
+    good = wr.volumized(contrib.mechanize(fast), 0.25, 0.0)
+    read = lambda params, state=None: params  # noqa: E731
+    assert largest(bad, START, read, read) > 0.3
+    assert largest(good, START, read, read) == 0.25
 
 
 LABELS = {"bias": "x", "kernel": "y"}

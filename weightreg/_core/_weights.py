@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey
+from optax.contrib import MuonDimensionNumbers
 
 from weightreg._core._arguments import (
     KeyPath,
     is_function,
+    is_hole,
     leaf_path,
     match,
     own_path,
@@ -52,6 +54,10 @@ Need: TypeAlias = Callable[[WeightLayer], Hashable]
 # The dtypes that methods calculate in. Floats of 8 bits are weights as well, which may
 # be listed, but JAX promotes them to nothing, and no method's result would fit them.
 SUPPORTED = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+
+# Modules of Equinox without any weight, though their scale, which may be missing, is
+# called one.
+_NORMALIZATIONS = frozenset({"BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"})
 
 
 def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
@@ -458,6 +464,77 @@ def check_dtypes(caller: str, params: Any, wanted: Iterable[int]) -> None:
             )
 
 
+def check_whole(caller: str, params: Any, mask: Mask, dims: Dims, around: str) -> None:
+    """Refuses a tree in which weights are missing, where all layers are needed.
+
+    A hole of ``optax.masked`` may be anything, hence counts as a weight if neither
+    ``mask`` nor ``dims`` nor its name says that it is none. A hole ``None`` may be a
+    function of an Equinox module, or a bias that a layer does not have, and counts only
+    if one of them says that it is a weight.
+
+    Args:
+      caller: Name of the function that needs all layers, for the error.
+      params: The parameters, with their holes.
+      mask: Which leaves are weights.
+      dims: What their axes mean.
+      around: What a user writes to give it all parameters, for the error.
+
+    Raises:
+      ValueError: There is a hole where a weight is, or may be.
+    """
+
+    def stop(node: Any) -> bool:
+        return is_hole(node) or type(node).__name__ in _NORMALIZATIONS
+
+    rules: tuple[Any, Any] = mask, dims
+    said = [rule(params) if is_function(rule) else rule for rule in rules]
+    for path, hole in jax.tree_util.tree_leaves_with_path(params, is_leaf=stop):
+        if is_hole(hole) and _may_be_weight(path, hole, *said):
+            raise ValueError(
+                f"{caller} needs all layers, but params has a hole at "
+                f"{show_path(path)}, where a weight may be ({type(hole).__name__}, as "
+                f"optax.masked, optax.partition or eqx.partition cut it). {around} If "
+                "the hole is no weight, or the other layers alone are meant, say so "
+                "with mask=, a tree of booleans (or a function that makes one) that is "
+                "False at the hole."
+            )
+
+
+def _may_be_weight(path: KeyPath, hole: Any, mask: Any, dims: Any) -> bool:
+    """Whether a hole has to be taken for a weight."""
+    flags = [x for x in _entries(mask, path) if isinstance(x, bool | np.bool_)]
+    if flags:
+        return any(flags)
+    if isinstance(dims, Network):
+        where = leaf_path(path)
+        inside = [x.path for x in dims.layers if x.path.startswith(where)]
+        return any(name[len(where) :][:1] in ("", "[", ".") for name in inside)
+    entries = [] if dims is None else _entries(dims, path)
+    if any(isinstance(entry, MuonDimensionNumbers) for entry in entries):
+        return True
+    if hole is None:  # A tree of dims that is made from this one has None here as well.
+        return _is_named_weight(_Leaf.of(path, None).name)
+    return None not in entries and not _is_named_shift(_Leaf.of(path, None).name)
+
+
+def _entries(tree: Any, path: KeyPath) -> list[Any]:
+    """What a tree, or a prefix of one, says of the node at a path, or of its leaves."""
+    is_entry = lambda x: is_hole(x) or isinstance(x, MuonDimensionNumbers)  # noqa: E731
+    entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_entry)
+    meets = lambda a, b: a[: len(b)] == b[: len(a)]  # noqa: E731
+    return [entry for where, entry in entries if meets(where, path)]
+
+
+def _is_named_shift(name: str) -> bool:
+    """Whether a leaf of this name shifts or scales units, whatever is beside it."""
+    return name in SHIFTS or SHIFT_LIKE.fullmatch(name) is not None
+
+
+def _is_named_weight(name: str) -> bool:
+    """Whether a leaf of this name, which is no shift, is a weight at any rank."""
+    return name in WEIGHTS or WEIGHT_LIKE.fullmatch(name) is not None
+
+
 def is_packed(node: Any) -> bool:
     """Whether a node of a tree is a `PackedWeight`."""
     return isinstance(node, PackedWeight)
@@ -552,7 +629,7 @@ class _Tree:
         if self.why_not(index) is not None:
             return False
         leaf = self._leaves[index]
-        named = leaf.name in WEIGHTS or WEIGHT_LIKE.fullmatch(leaf.name)
+        named = _is_named_weight(leaf.name)
         first = not named and len(leaf.shape) > 2 and leaf.shape[0] == 1
         if first or self._may_be_scale(leaf):
             what = "its first axis has size 1" if first else "it may be a stack of them"
@@ -600,11 +677,11 @@ class _Tree:
         """Whether a leaf is known by its name to shift or scale units."""
         beside = self._beside[leaf.module]
         if leaf.name == "b":  # Haiku's name, and one that anything may have
-            named = any(WEIGHT_LIKE.fullmatch(x.name) or x.name == "w" for x in beside)
+            named = any(_is_named_weight(x.name) for x in beside)
             return named or _module(leaf) == "bias"
         if leaf.name == "g":  # Equinox's weight normalization
             return sum(n != 1 for n in leaf.shape) <= 1
-        return leaf.name in SHIFTS or SHIFT_LIKE.fullmatch(leaf.name) is not None
+        return _is_named_shift(leaf.name)
 
     def _bias_of(self, leaf: _Leaf) -> _Leaf | None:
         """The bias beside a weight, unless there are several of either."""

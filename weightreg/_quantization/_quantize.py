@@ -200,7 +200,8 @@ def quantize_every(
 
     .. warning::
       This must be the last link of a chain. Updates that a later link changes do not
-      land on a level. Running statistics of batch normalizations are those of weights
+      land on a level. Leaves that an earlier link freezes it moves, unless ``mask``
+      leaves them out. Running statistics of batch normalizations are those of weights
       before they are quantized: renew them before such a network is used, by some
       forward passes in training mode.
 

@@ -30,6 +30,7 @@ from weightreg._core._weights import (
     Mask,
     WeightLayer,
     check_dtypes,
+    check_whole,
     layers_of,
     mask_leaves,
 )
@@ -48,6 +49,8 @@ class VolumeRule(EqualByFields, abc.ABC):
     mask: Mask
     dims: Dims
 
+    needs_all: ClassVar[bool] = False  # whether each volume depends on all layers
+
     @abc.abstractmethod
     def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
         """One volume for each of all layers."""
@@ -62,6 +65,10 @@ class VolumeRule(EqualByFields, abc.ABC):
         mask = mask if self.mask is None else self.mask
         dims = dims if self.dims is None else self.dims
         layers = layers_of(self.name, params, mask, dims, self.need)
+        if layers and self.needs_all:
+            around = "wr.volumized(optax.partition(...), wr.lipschitz_volume(...), ...)"
+            around = f"Put it around the partition, as {around}."
+            check_whole("lipschitz_volume", params, mask, dims, around)
         indices = (layer.index for layer in layers)
         volumes = dict(zip(indices, self.volumes(layers), strict=True))
         return spread(params, volumes, None)
@@ -95,6 +102,8 @@ class LipschitzVolume(VolumeRule):
 
     name = "lipschitz_volume"
     bound: Number
+
+    needs_all: ClassVar[bool] = True
 
     def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
         """One volume for each layer, for which it matters how many there are."""
@@ -220,7 +229,8 @@ def lipschitz_volume(
     Raises:
       ValueError: ``bound`` is negative or NaN; or, where the rule is applied, a traced
         network calls a layer an unknown number of times, or makes a weight from several
-        leaves or from repeated numbers.
+        leaves or from repeated numbers, or the parameters have a hole where a weight
+        may be, as inside of ``optax.partition``.
       TypeError: ``bound`` is no number, array or schedule.
 
     References:

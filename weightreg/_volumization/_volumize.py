@@ -41,7 +41,10 @@ def volumize(
 
     .. warning::
       This must be the last link of a chain, but for `quantize_every`. Updates that a
-      later link changes do not land on the wall.
+      later link changes do not land on the wall. It sees weights and no labels: leaves
+      that an earlier link freezes it moves, unless ``mask`` leaves them out or it is
+      itself inside of ``optax.partition``. After ``schedule_free`` it does not confine
+      what is evaluated.
 
     Args:
       volume: The wall ``V >= 0``: a number, schedule or array that broadcasts to the

@@ -51,6 +51,25 @@ _USUAL_FIELDS = ("mu", "trace")
 # the parameters', and no step depends on measurements.
 _OPAQUE = frozenset({"GaLoreState", "MonitorState"})
 
+# Wrappers after which other parameters are used than those that are stepped.
+_ELSEWHERE = {
+    "LookaheadState": (
+        "lookahead, whose parameters are two copies, the slow one of which is used. "
+        "Put it around: optax.lookahead(volumized(...), ...) keeps both in the box, up "
+        "to rounding, if they start there."
+    ),
+    "ScheduleFreeState": (
+        "schedule_free, after which not the parameters y are used but x, which is made "
+        "of y and of a sequence z that nothing confines. Put it around: "
+        "schedule_free(from_z, ...) confines x up to rounding if from_z is a volumized "
+        "that steps from z and not from y, as in weightreg/_volumization/README.md."
+    ),
+}
+
+# Optimizers that know the sum of all gradients and the initial weights, and make the
+# new weights of these, wherever the old ones are.
+_ABSOLUTE = frozenset({"COCOBState", "MadgradState"})
+
 
 class VolumizedState(NamedTuple):
     """State of `volumized`.
@@ -97,11 +116,14 @@ def volumized(
     .. warning::
       ``optax.flatten`` must be inside of ``volumized``, since around it it would hide
       which parameters are weights, and it must flatten all parameters, since inside of
-      ``masked`` or ``partition`` nothing tells which ones it has joined. ``sam`` and
-      ``conditionally_mask`` must be around ``volumized``. Nothing that changes updates
-      may come after it, but `quantize_every`. Under ``optax.inject_hyperparams``, which
-      calls every function as a schedule, name in ``static_args`` the arguments that are
-      functions of the parameters.
+      ``masked`` or ``partition`` nothing tells which ones it has joined. ``sam``,
+      ``conditionally_mask``, ``lookahead`` and ``schedule_free`` must be around
+      ``volumized``; the last needs more, which the README beside this file shows.
+      ``mechanize`` must be inside. Leaves that ``optimizer`` freezes must be left out
+      with ``mask``, or they move. Nothing that changes updates may come after it, but
+      `quantize_every`. Under ``optax.inject_hyperparams``, which calls every function
+      as a schedule, name in ``static_args`` the arguments that are functions of the
+      parameters. ``cocob`` and ``madgrad`` undo each pull, hence have no soft wall.
 
     Args:
       optimizer: Any Optax optimizer, learning rate included.
@@ -119,8 +141,9 @@ def volumized(
     Raises:
       ValueError: ``alpha`` is outside [-1, 1], ``V`` is negative or NaN, a tree does
         not match the parameters, a rule meets a leaf without fans, or ``update`` is
-        not given ``params``; or a volumized weight has no first moment and
-        ``require_momentum`` is true.
+        not given ``params``; a volumized weight has no first moment and
+        ``require_momentum`` is true; or ``optimizer`` holds a wrapper that must be
+        around ``volumized``, or undoes each pull and ``alpha`` is neither 0 nor 1.
       TypeError: A number is none, or a weight is no float of 16, 32 or 64 bits.
 
     References:
@@ -147,12 +170,14 @@ def volumized(
     def init_fn(params):
         volumes = volumes_of("volumized", params, volume, mask, dims)
         inner = optimizer.init(params)
+        _check_used(inner, alpha)
         if require_momentum:
             _check_moments(volumes, inner, params)
         return VolumizedState(jnp.zeros([], jnp.int32), _strong(inner))
 
     def update_fn(updates, state, params=None, **extra_args):
         check_params(params)
+        _check_used(state.inner_state, alpha)
         walls = volumes_of("volumized", params, volume, mask, dims, state.count)
         share = at("alpha", alpha, state.count)
         updates, inner = optimizer.update(
@@ -182,6 +207,24 @@ def volumized(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _check_used(state: Any, alpha: Any) -> None:
+    """Refuses an optimizer whose next step would not start from what is confined."""
+    names = _ELSEWHERE.keys() | _ABSOLUTE
+    named = lambda node: type(node).__name__ in names  # noqa: E731
+    for node in filter(named, jax.tree.leaves(state, is_leaf=named)):
+        name = type(node).__name__
+        if name in _ELSEWHERE:
+            raise ValueError(f"volumized cannot wrap {_ELSEWHERE[name]}")
+        known = not callable(alpha) and not isinstance(alpha, Tracer)
+        if not known or np.asarray(alpha) not in (0, 1):
+            raise ValueError(
+                f"alpha must be the number 0 or 1 around {name[:-5].lower()}, but is "
+                f"{alpha}: this optimizer makes weights of the initial ones and all "
+                "gradients, wherever they are now, so that each step undoes the last "
+                "pull, and no soft wall holds. Take alpha=0.0, or another optimizer."
+            )
+
+
 def _check_moments(volumes: Mapping[int, Any], state: Any, params: Any) -> None:
     """Refuses an optimizer without a first moment for some weight that has a wall."""
     _, covered = map_moments(lambda _, moment: moment, state, params)
@@ -191,9 +234,10 @@ def _check_moments(volumes: Mapping[int, Any], state: Any, params: Any) -> None:
             raise ValueError(
                 f"optimizer keeps no first moment for {show_path(paths[index][0])} "
                 "that could be found and damped: a state's field mu or trace with the "
-                "structure of the parameters. Give it momentum (optax.sgd(..., "
-                "momentum=0.9)), leave the leaf out with mask=, or pass "
-                "require_momentum=False to volumize the weights alone."
+                "structure of the parameters. If the leaf is frozen, leave it out with "
+                "mask= (or put volumized inside of optax.partition): volumized would "
+                "move it. Otherwise give it momentum (optax.sgd(..., momentum=0.9)), "
+                "or pass require_momentum=False to volumize the weights alone."
             )
 
 

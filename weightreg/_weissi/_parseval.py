@@ -61,7 +61,8 @@ def parseval(
 
     .. warning::
       It must be the last link of a chain, since updates that a later link changes do
-      not make this step. Inside of ``jax.shard_map`` each weight must be whole.
+      not make this step. Leaves that an earlier link freezes it moves, unless ``mask``
+      leaves them out. Inside of ``jax.shard_map`` each weight must be whole.
 
     Args:
       beta: 0 or more: a number, a traced scalar or a schedule of the step count. Cisse

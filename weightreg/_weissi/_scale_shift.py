@@ -23,7 +23,7 @@ from weightreg._core._norms import (
     scaled,
     times_power,
 )
-from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
+from weightreg._core._weights import Dims, Mask, WeightLayer, check_whole, layers_for
 
 
 def shift_scales(
@@ -195,7 +195,8 @@ def minimum_weight_decay(
       which has no value for two layers or more, is taken for 0.
 
     Raises:
-      ValueError: ``mask`` or ``dims`` does not match the parameters.
+      ValueError: ``mask`` or ``dims`` does not match the parameters, or these have a
+        hole where a weight may be.
       TypeError: ``mask`` holds something other than booleans, or is true for a leaf
         that is no floating-point array.
 
@@ -212,6 +213,8 @@ def minimum_weight_decay(
     layers = layers_for("minimum_weight_decay", params, mask, dims, need_of(FROBENIUS))
     if not layers:
         return jnp.zeros([], jnp.float32)
+    around = "Give the function all parameters, as eqx.combine joins them."
+    check_whole("minimum_weight_decay", params, mask, dims, around)
     return _minimum(chain_norms(params, layers, FROBENIUS))
 
 

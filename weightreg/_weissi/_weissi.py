@@ -30,6 +30,7 @@ from weightreg._core._weights import (
     Dims,
     Mask,
     WeightLayer,
+    check_whole,
     layers_for,
 )
 from weightreg._weissi._penalty import (
@@ -117,8 +118,9 @@ def weissi(
 
     Raises:
       ValueError: A strength or an exponent is negative, infinite or NaN, a norm is none
-        of those above, or ``mask``, ``dims`` or ``exponents`` does not match the
-        parameters.
+        of those above, ``mask``, ``dims`` or ``exponents`` does not match the
+        parameters, or the product is wanted of parameters with a hole where a weight
+        may be.
       TypeError: A strength or an exponent is not a scalar. `add_weissi` takes
         schedules.
 
@@ -215,9 +217,10 @@ def add_weissi(
 
     Raises:
       ValueError: A strength or an exponent is negative, infinite or NaN, a norm is none
-        of those above, ``iterations`` is below 1, or ``mask``, ``dims`` or
-        ``exponents`` does not match the parameters. In ``update``, ``params`` is not
-        passed, or ``updates`` does not fit it.
+        of those above, ``iterations`` is below 1, ``mask``, ``dims`` or ``exponents``
+        does not match the parameters, or the product is wanted of parameters with a
+        hole where a weight may be, as inside of ``optax.partition``. In ``update``,
+        ``params`` is not passed, or ``updates`` does not fit it.
       TypeError: A strength is neither a scalar nor a schedule, an exponent is not a
         scalar, or ``iterations`` is neither an integer nor ``None``.
 
@@ -357,7 +360,8 @@ def weight_energy(
       A scalar, in float32 at least.
 
     Raises:
-      ValueError: A norm or an exponent is out of range, or a tree does not match.
+      ValueError: A norm or an exponent is out of range, a tree does not match, or there
+        is a hole in the parameters where a weight may be.
       TypeError: An exponent is no scalar.
 
     References:
@@ -384,7 +388,8 @@ def log_weight_energy(
     r"""The natural logarithm of `weight_energy`, :math:`\sum_l n_l \ln \eta(W_l)`.
 
     It is minus infinity where a layer with a positive exponent is zero. Its gradient is
-    then 0 for the layer of zeros, and for other layers what it is without that one.
+    then 0 for the layer of zeros, and for other layers what it is without that one. Of
+    parts of a network the logarithms add up, so that holes in ``params`` are no error.
 
     Args:
       params: Any tree of parameters.
@@ -471,6 +476,13 @@ def _weights(
 ) -> tuple[dict[int, Axes], list[jax.Array]]:
     """The axes of all weights by their positions, and the exponents ``n_l``."""
     layers = layers_for("weissi", params, mask, dims, need_of(*form.norms()))
+    if layers and form.energy and not form.log:
+        # Sums over layers, such as the complexity, are right by parts.
+        around = (
+            "Put the link around the partition, as optax.chain(wr.add_weissi(...), "
+            "optax.partition(...)), or give the function all parameters."
+        )
+        check_whole("WEISSI's product of norms", params, mask, dims, around)
     powers = _powers(exponents, params, layers, mask, dims)
     return {layer.index: Axes.of(layer) for layer in layers}, powers
 
