@@ -113,12 +113,15 @@ def _single(ndim: int, order: Order, kind: Kind) -> list[Reading]:
 
 
 def _all(ndim: int, order: Order, kind: Kind) -> tuple[Reading, ...]:
-    """The readings of a leaf, which may be a stack of layers along axis 0 or 1."""
+    """The readings of a leaf, which may be a stack of layers."""
     single = _single(ndim, order, kind)
     found = [reading._replace(bias=reading.outputs) for reading in single]
     if ndim > (3 if kind == "convolution" else 2):
         fewer = _all(ndim - 1, order, kind)
-        found += [reading.stacked(axis) for axis in (0, 1) for reading in fewer]
+        places = (
+            (0, 1) if order == "units last" else (0,)
+        )  # 1 is for Flax's scans alone
+        found += [reading.stacked(axis) for axis in places for reading in fewer]
     return tuple(dict.fromkeys(found))
 
 

@@ -63,11 +63,12 @@ _NORMALIZATIONS = frozenset({"BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"})
 def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
     """Says which leaves are weights.
 
-    A leaf is a weight if it is a floating-point array of two or more axes, unless it is
-    called ``bias`` or ``scale``, which are Flax's names, or ``convex_logits``, which is
-    that of ``ConvexSum``. (Rank alone would count the biases of attention heads and of
-    scanned layers.) Integer and complex leaves, and leaves that are no arrays, are not
-    weights.
+    A leaf is a weight if it is a floating-point array of two or more axes, unless its
+    name is one that Flax, Haiku, Equinox or Keras give to what shifts or scales units,
+    such as ``bias``, ``scale`` and ``offset``. (Rank alone would count the biases of
+    attention heads and of scanned layers.) A ``weight`` of the shape of the ``bias``
+    beside it is a scale. Integer and complex leaves, and leaves that are no arrays, are
+    not weights. The page "What is a weight?" has the whole table.
 
     Args:
       params: Any tree of parameters: a linen dict, an ``nnx.State``, an Equinox module.
@@ -84,8 +85,9 @@ def weight_mask(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
       any Optax transformation.
 
     Raises:
-      ValueError: ``mask`` or ``dims`` does not match the parameters, or weights are
-        packed.
+      ValueError: ``mask`` or ``dims`` does not match the parameters, weights are
+        packed, or a leaf may be a weight or not: a leaf of three axes and an unknown
+        name whose first axis has size 1, or stacked scales that are called ``weight``.
       TypeError: ``mask`` holds something other than booleans, or is true for a leaf
         that is no floating-point array; or ``params`` is an integer, which is what
         ``optax.inject_hyperparams`` passes to functions that it takes for schedules.
@@ -180,10 +182,12 @@ def weight_layers(
 ) -> tuple[WeightLayer, ...]:
     """Lists the weights of a network, with their fans and the roles of their axes.
 
-    Without ``dims``, kernels are Flax's: the last axis numbers the units and the rest
-    are their inputs, of which all but the last are a convolution's window. Attention
-    kernels ``(embed, heads, head_dim)``, scanned layers and Equinox's
-    ``(out, in)`` weights need ``dims``:
+    Without ``dims``, names, numbers of axes and the biases beside weights tell what
+    axes mean, as far as they do. An anonymous matrix is ``(inputs, units)``. A bias
+    ``(heads, head_dim)`` makes a kernel ``(embed, heads, head_dim)`` attention, one
+    ``(layers, units)`` makes ``(layers, inputs, units)`` a stack. Where several
+    readings are left this function raises an error, and so do methods to which it
+    matters. Then ``dims`` is needed:
 
         >>> from optax.contrib import MuonDimensionNumbers as Dims
         >>> query = Dims(reduction_axis=0, output_axis=(1, 2))
@@ -219,8 +223,9 @@ def weight_layers(
       calls.
 
     Raises:
-      ValueError: ``mask`` or ``dims`` does not match the parameters; a leaf that
-        ``mask`` calls a weight has fewer than two axes, hence no fans; ``dims`` names
+      ValueError: The tree leaves open what the axes of a weight mean; ``mask`` or
+        ``dims`` does not match the parameters; a leaf that ``mask`` calls a weight has
+        fewer than two axes, hence no fans; ``dims`` names
         an axis twice or one that the leaf does not have; or weights are packed.
       TypeError: ``mask`` holds something other than booleans, or is true for a leaf
         that is no floating-point array.

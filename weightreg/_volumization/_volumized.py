@@ -58,6 +58,12 @@ _ELSEWHERE = {
         "Put it around: optax.lookahead(volumized(...), ...) keeps both in the box, up "
         "to rounding, if they start there."
     ),
+    "MechanicState": (
+        "mechanize, whose optimizer takes other steps, with another momentum, than the "
+        "parameters that are used, which move by a learnt multiple of their sum. "
+        "Confine the weights alone behind it: optax.chain(optax.contrib.mechanize("
+        "...), volumize(...))."
+    ),
     "ScheduleFreeState": (
         "schedule_free, after which not the parameters y are used but x, which is made "
         "of y and of a sequence z that nothing confines. Put it around: "
@@ -119,8 +125,8 @@ def volumized(
       ``masked`` or ``partition`` nothing tells which ones it has joined. ``sam``,
       ``conditionally_mask``, ``lookahead`` and ``schedule_free`` must be around
       ``volumized``; the last needs more, which the README beside this file shows.
-      ``mechanize`` must be inside. Leaves that ``optimizer`` freezes must be left out
-      with ``mask``, or they move. Nothing that changes updates may come after it, but
+      Behind ``mechanize`` `volumize` confines the weights alone. Leaves that
+      ``optimizer`` freezes must be left out with ``mask``, or they move. Nothing that changes updates may come after it, but
       `quantize_every`. Under ``optax.inject_hyperparams``, which calls every function
       as a schedule, name in ``static_args`` the arguments that are functions of the
       parameters. ``cocob`` and ``madgrad`` undo each pull, hence have no soft wall.
