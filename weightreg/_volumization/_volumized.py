@@ -56,7 +56,9 @@ class VolumizedState(NamedTuple):
     """State of `volumized`.
 
     Attributes:
-      count: Steps taken, for schedules; int32 scalar.
+      count: Steps taken, for schedules; int32 scalar. Optimizers count too, so that
+        ``optax.tree.get(state, "count")`` finds several. Take ``state.count``, and
+        ``optax.tree.get(state.inner_state, "count")``.
       inner_state: State of the wrapped optimizer, first moments damped.
     """
 
