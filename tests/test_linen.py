@@ -364,6 +364,71 @@ def test_what_cannot_be_wrapped_or_folded_is_refused():
         ours.fold(variables["params"])
 
 
+ZEROS, ONES = nn.initializers.zeros, nn.initializers.ones
+
+
+@pytest.mark.parametrize(
+    ("init", "scope", "center", "warns"),
+    [
+        (ZEROS, "unit", True, True),
+        (ZEROS, "unit", False, True),
+        (ZEROS, "layer", False, True),
+        (ONES, "unit", True, True),
+        (ONES, "layer", True, True),
+        (ONES, "unit", False, False),
+        # One unit is 0, or all are constant and differ: a layer is not 0.
+        (lambda key, shape, _: jnp.eye(*shape)[:, ::-1], "unit", True, False),
+        (
+            lambda key, shape, _: jnp.arange(3.0) + jnp.zeros(shape),
+            "layer",
+            True,
+            False,
+        ),
+        (lambda key, shape, _: jnp.arange(3.0) + jnp.zeros(shape), "unit", True, True),
+    ],
+)
+def test_layers_that_start_at_zero_are_warned_of(init, scope, center, warns):
+    norm = wr.equivalent_norm(scope, center)
+    net = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(3, kernel_init=init)])
+    model, x = EquivalentNorm(net, norm), jnp.ones((1, 2))
+    if not warns:
+        model.init(KEY, x)
+        return
+    with pytest.warns(UserWarning, match="will never learn") as caught:
+        variables = model.init(KEY, x)
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "['layers_2']['kernel']. " in message and "layers_0" not in message
+    assert "kernel_init=" in message and "mask= of equivalent_norm" in message
+    # Which is right: the gradient is 0, where it is not for the other layer's map.
+    grads = jax.grad(lambda v: jnp.sum(model.apply(v, x) ** 2))(variables)
+    assert not np.any(grads["params"]["module"]["layers_2"]["kernel"])
+    model.apply(variables, x)  # warns no more
+
+
+def test_zeros_are_warned_of_only_where_they_are_known_and_mapped():
+    dense, x = nn.Dense(3, kernel_init=ZEROS), jnp.ones((1, 2))
+    jax.jit(EquivalentNorm(dense).init)(KEY, x)
+    jax.eval_shape(EquivalentNorm(dense).init, KEY, x)
+    EquivalentNorm(
+        dense, wr.equivalent_norm(mask={"kernel": False, "bias": False})
+    ).init(KEY, x)
+    EquivalentNorm(nn.LayerNorm()).init(KEY, x)  # which has no weights
+    inside = nn.Sequential([nn.Dense(4), EquivalentNorm(dense)])
+    with pytest.warns(UserWarning, match=r": \['kernel'\]\. "):
+        inside.init(KEY, x)
+    # One layer of a stack is enough.
+    init = lambda key, shape, _: jnp.eye(*shape) * jax.random.randint(key, (), 0, 2)  # noqa: E731
+    stack = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(
+        3, kernel_init=init
+    )
+    dims = {"bias": None, "kernel": Dims(1, 2)}
+    model = EquivalentNorm(stack, wr.equivalent_norm(dims=dims))
+    with pytest.warns(UserWarning, match=r"\['kernel'\]"):
+        kernel = model.init(KEY, jnp.ones((6, 2)))["params"]["module"]["kernel"]
+    assert np.any(kernel) and not np.all(np.any(kernel, (1, 2)))
+
+
 def test_training_under_jit_and_scan():
     ours = EquivalentNorm(nn.Dense(2))
     x = IMAGES[:, 0, 0]

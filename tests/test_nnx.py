@@ -321,6 +321,32 @@ def test_what_cannot_be_wrapped_is_refused():
         EquivalentNorm(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "unit")
 
 
+def test_layers_that_start_at_zero_are_warned_of():
+    def net(init=nnx.initializers.zeros):
+        rngs = nnx.Rngs(0)
+        head = nnx.Linear(4, 3, kernel_init=init, rngs=rngs)
+        return nnx.Sequential(nnx.Linear(2, 4, rngs=rngs), nnx.relu, head)
+
+    with pytest.warns(UserWarning, match="will never learn") as caught:
+        model = EquivalentNorm(net())
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "['layers'][2]['kernel']" in message and "[0]" not in message
+    assert "kernel_init=" in message and "mask= of equivalent_norm" in message
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 2))) ** 2))(model)
+    assert not np.any(grads["module"]["layers"][2]["kernel"][...])
+    # Not where the weights are others, are left out, or are not known.
+    ones = nnx.initializers.ones
+    EquivalentNorm(net(ones), wr.equivalent_norm(center=False))
+    with pytest.warns(UserWarning, match="or all equal within each layer"):
+        EquivalentNorm(net(ones), wr.equivalent_norm("layer"))
+    mask = {"layers": {0: {"kernel": True, "bias": False}, 2: False}}
+    EquivalentNorm(net(), wr.equivalent_norm(mask=mask))
+    nnx.eval_shape(lambda: EquivalentNorm(net()))
+    nnx.jit(lambda: EquivalentNorm(net()))()
+    EquivalentNorm(nnx.eval_shape(net))  # of shapes alone
+
+
 def test_the_folded_module_gives_the_same_bits():
     model = make(scope="layer", center=False)
     model.eval()

@@ -16,6 +16,7 @@ from weightreg._equivalent_norm._equivalent_norm import (
     NormMap,
     check_wrapped,
     equivalent_norm,
+    warn_of_zeros,
 )
 from weightreg._quantization._pack import unpack
 from weightreg._weissi._parseval import convex_sum, initial_logits
@@ -81,6 +82,11 @@ class EquivalentNorm(nn.Module):
     learnt alpha adds the parameter ``log_alpha``. Only ``__call__`` is wrapped: for
     another method, apply ``module`` to what ``fold`` returns.
 
+    Layers whose weights are all 0 (where the map centres, all equal) never learn, since
+    the map's derivative there is 0. ``init`` warns of them, for which it reads the
+    weights back to the host. Under ``jax.jit``, ``jax.eval_shape`` and the like their
+    values are not known, and there is no warning.
+
     Attributes:
       module: A layer or a whole network.
       norm: What `weightreg.equivalent_norm` returns. Its ``mask`` and ``dims`` are
@@ -90,6 +96,9 @@ class EquivalentNorm(nn.Module):
       TypeError: ``module`` or ``norm`` is something else.
       ValueError: On a call, ``mask`` or ``dims`` of the map does not match the
         parameters, or a weight cannot be centred.
+
+    Warns:
+      UserWarning: On ``init``, a layer is mapped to 0 and will not learn.
 
     References:
       Li, Chen, Yang, Generalization Bound Regularizer, eqs. 19 to 23.
@@ -126,7 +135,9 @@ class EquivalentNorm(nn.Module):
         if self.norm.learn:
             log_alpha = self.param("log_alpha", lambda _: self.norm.initial_log_alpha())
         if self.is_initializing():
-            return self.module(*args, **kwargs)
+            out = self.module(*args, **kwargs)
+            warn_of_zeros(self.norm, self.module.variables.get("params", {}))
+            return out
 
         def to_effective(variables):
             return {"params": self.norm.apply(variables.get("params", {}), log_alpha)}

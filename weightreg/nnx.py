@@ -14,6 +14,7 @@ from weightreg._equivalent_norm._equivalent_norm import (
     NormMap,
     check_wrapped,
     equivalent_norm,
+    warn_of_zeros,
 )
 from weightreg._tracing import _trace
 from weightreg._weissi._parseval import convex_sum, initial_logits
@@ -135,6 +136,11 @@ class EquivalentNorm(nnx.Module):
     ``log_alpha`` to it. Only ``__call__`` is wrapped: for another method, call it on
     ``fold()``.
 
+    Layers whose weights are all 0 (where the map centres, all equal) never learn, since
+    the map's derivative there is 0. The constructor warns of them, for which it reads
+    the weights back to the host. Under ``jax.jit``, ``nnx.eval_shape`` and the like
+    their values are not known, and there is no warning.
+
     Args:
       module: A layer or a whole network.
       norm: What `weightreg.equivalent_norm` returns. Its ``mask`` and ``dims`` are
@@ -142,8 +148,11 @@ class EquivalentNorm(nnx.Module):
 
     Raises:
       TypeError: ``module`` or ``norm`` is something else.
-      ValueError: On a call, ``mask`` or ``dims`` of the map does not match the
-        parameters, or a weight cannot be centred.
+      ValueError: ``mask`` or ``dims`` of the map does not match the parameters, or a
+        weight cannot be centred: on a call, if not before.
+
+    Warns:
+      UserWarning: A layer is mapped to 0 and will not learn.
 
     References:
       Li, Chen, Yang, Generalization Bound Regularizer, eqs. 19 to 23. Flax's own
@@ -166,6 +175,7 @@ class EquivalentNorm(nnx.Module):
         self.norm = norm
         if norm.learn:
             self.log_alpha = nnx.Param(norm.initial_log_alpha())
+        warn_of_zeros(norm, nnx.state(module, nnx.Param))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module on the mapped weights."""

@@ -4,6 +4,7 @@ import functools
 from fractions import Fraction
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import optax
 import pytest
 import quick
 from flax import nnx
+from flax.errors import ModifyScopeVariableError, TraceContextError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -293,7 +295,7 @@ def test_epsilon_zero_returns_the_input(attack, norm, dtype):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_input_outside_its_bounds_is_clipped_first(attack):
+def test_input_outside_its_bounds_is_clipped_first_under_jit(attack):
     x = jnp.array([[-0.5, 0.5, 1.5]])
     y = jnp.ones((1, 3))
     np.testing.assert_array_equal(
@@ -302,6 +304,97 @@ def test_input_outside_its_bounds_is_clipped_first(attack):
     np.testing.assert_allclose(
         attack(quadratic_loss, x, y, 0.25), jnp.array([[0.25, 0.75, 1.0]]), rtol=1e-6
     )
+
+
+STANDARD = ((0 - 0.4914) / 0.247, (1 - 0.4914) / 0.247)
+
+
+@pytest.mark.parametrize("attack", EAGER_ATTACKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("x", "bounds", "found"),
+    [
+        ([[0.0, 128.0], [1.0, 255.0]], (0, 1), "0 to 255"),
+        ([[-2.0, 1.0]], (0, 1), "-2 to 1"),
+        ([[0.0, np.nan, 2.0]], (0, 1), "0 to 2"),
+        ([[0.0, np.inf]], (0, 255), "0 to inf"),
+        ([[0.0, 2.5]], STANDARD, "0 to 2.5"),
+        ([[0.0, 5.0]], (-np.inf, 4), "0 to 5"),
+        # Of the second channel alone
+        ([[0.0, 3.0], [4.0, 4.0]], (np.array([0, 0]), np.array([4, 2])), "0 to 4"),
+    ],
+)
+def test_known_input_outside_its_bounds_is_refused(attack, dtype, x, bounds, found):
+    with jax.enable_x64(dtype == "float64"):
+        for array in (jnp.asarray(x, dtype), np.asarray(x, dtype)):
+            with pytest.raises(ValueError, match="x must be within bounds=") as error:
+                attack(wavy_loss, array, jnp.zeros(len(x)), 0.1, bounds=bounds)
+    for part in (str(bounds), f"values from {found}.", "bounds=(0, 255)", "/ std,"):
+        assert part in str(error.value)
+    assert "bounds=None" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bounds_are_no_stricter_than_the_rounding_of_inputs(dtype):
+    """Standardized on a device and in Python, numbers differ by some roundings."""
+    with jax.enable_x64(dtype == "float64"):
+        ends = jnp.array([[0.0, 1.0]], dtype)
+        loss = lambda x, y: x.sum(-1)  # noqa: E731
+        for mean, std in ((0.4914, 0.247), (0.1307, 0.3081), (0.9, 0.02)):
+            x = (ends - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
+            bounds = ((0 - mean) / std, (1 - mean) / std)
+            got = wr.fgsm(loss, x, None, 0.0, bounds=bounds)
+            low, high = (np.float64(b).astype(ends.dtype) for b in bounds)
+            np.testing.assert_array_equal(got, np.clip(x, low, high))
+
+
+def test_inputs_at_their_bounds_of_no_number_or_of_no_example_are_none_outside():
+    loss = lambda x, y: x.sum(-1)  # noqa: E731
+    given = [[[0.0, 1.0]], [[np.nan, 1.0]], np.zeros((0, 2)), np.zeros((1, 0))]
+    for x in given:
+        x = np.asarray(x, np.float32)
+        np.testing.assert_array_equal(wr.fgsm(loss, x, None, 0.0), x)
+    x = jnp.array([[-1e30, np.inf]])
+    assert wr.fgsm(loss, x, None, 0.0, bounds=None)[0, 0] == -1e30
+
+
+def test_only_known_inputs_and_bounds_are_checked(monkeypatch):
+    x = jnp.array([[0.5, 2.0]])
+    loss = lambda x, y: x.sum(-1)  # noqa: E731
+    run = functools.partial(wr.fgsm, loss, y=None, epsilon=0.0)
+    clipped = [[0.5, 1.0]]
+    np.testing.assert_array_equal(quick.jit(lambda x: run(x=x))(x), clipped)
+    traced = quick.jit(lambda high: run(x=x, bounds=(0, high)))
+    np.testing.assert_array_equal(traced(1.0), clipped)
+    with pytest.raises(ValueError, match="x must be within bounds"):
+        quick.jit(lambda: run(x=x))()  # a constant is known also here
+    # As of an array that is spread over other processes' devices
+    unseen = property(lambda self: False)
+    monkeypatch.setattr(type(x), "is_fully_addressable", unseen)
+    traced = quick.jit(lambda: run(x=x)).lower()
+    monkeypatch.undo()
+    np.testing.assert_array_equal(traced.compile()(), clipped)
+
+
+@pytest.mark.parametrize("attack", EAGER_ATTACKS)
+def test_a_loss_that_changes_state_gets_a_note(attack):
+    x = jnp.full((2, 3), 0.5)
+    rngs = nnx.Rngs(0)
+    for layer in (nnx.BatchNorm(3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)):
+        loss = lambda x, y: layer(x).sum(-1)  # noqa: B023, E731
+        with pytest.raises(TraceContextError) as error:
+            attack(loss, x, None, 0.1)
+        assert "model.eval()" in "".join(error.value.__notes__)
+        layer.eval()
+        np.testing.assert_allclose(attack(loss, x, None, 0.1), 0.6, rtol=1e-6)
+    layer = nn.BatchNorm(use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(ModifyScopeVariableError) as error:
+        attack(lambda x, y: layer.apply(variables, x)[:, 0], x, None, 0.1)
+    assert "use_running_average=True" in "".join(error.value.__notes__)
+    with pytest.raises(ZeroDivisionError) as error:
+        attack(lambda x, y: x.sum(-1) / (1 // 0), x, None, 0.1)
+    assert "An attack" not in "".join(getattr(error.value, "__notes__", ()))
 
 
 def test_bounds_may_differ_between_channels():
@@ -781,6 +874,12 @@ def errors_of_both():
         TypeError,
         "x must be of a floating dtype, not int32",
     )
+    for narrow in ("float8_e4m3fn", "float8_e5m2"):
+        yield (
+            {"x": jnp.full((2, 3), 0.5, narrow)},
+            TypeError,
+            rf"x must be in floats of 16 bits or more, not {narrow}.*astype",
+        )
     yield {"x": jnp.ones((2, 3), bool)}, TypeError, "x must be real numbers, not bool"
     yield (
         {"x": jnp.ones((2, 3), complex)},

@@ -594,3 +594,64 @@ def test_a_moment_is_damped_by_few_operations():
     state = tx.init(params)
     more = count(tx, state) - count(bare, state.inner_state)
     assert more <= 13 * len(params) + 10
+
+
+def test_gradients_narrower_than_weights_under_apply_if_finite():
+    """Optax wants updates of the gradients' dtype, which is what the card says."""
+    params = {"kernel": jnp.full((3, 2), 0.25)}
+    grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, -5, jnp.bfloat16), params)
+    finite = lambda tx: optax.apply_if_finite(tx, 3)  # noqa: E731
+    sgd, box = optax.sgd(0.1), wr.volumize(0.5, 0.0)
+
+    def stepped(tx, grads):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return optax.apply_updates(params, updates)["kernel"]
+
+    with pytest.raises(TypeError, match="cond branches"):
+        stepped(finite(optax.chain(sgd, box)), grads)
+    with pytest.raises(TypeError, match="cond branches"):
+        stepped(finite(optax.adam(0.1)), grads)  # by itself
+    around = wr.volumized(finite(sgd), 0.5, 0.0, require_momentum=False)
+    wide = jax.tree.map(jnp.float32, grads)
+    ways = [
+        (optax.chain(finite(sgd), box), grads),
+        (around, grads),
+        (wr.volumized(finite(optax.adam(1.0)), 0.5, 0.0), wide),
+        (finite(optax.chain(sgd, box)), wide),
+    ]
+    for tx, given in ways:
+        np.testing.assert_array_equal(stepped(tx, given), 0.5)
+        nans = jax.tree.map(lambda leaf: leaf * jnp.nan, given)
+        np.testing.assert_array_equal(stepped(tx, nans), params["kernel"])
+
+
+def test_counts_of_states_are_found():
+    params = jnp.full((3, 2), 0.25)
+    links = {
+        "CountState": [
+            wr.volumize(0.5, 0.5),
+            wr.parseval(1e-3),
+            wr.add_shifted_l2(1e-4, 1e-3),
+            wr.quantize_every(2, "binary", 0.5),
+        ],
+        "AddWeissiState": [wr.add_weissi(1e-3, 1e-4)],
+        "VolumizedState": [wr.volumized(ADAM, 0.5, 0.5)],
+    }
+    for name, own in links.items():
+        for link in own:
+            tx = optax.chain(optax.trace(0.9), optax.scale_by_adam(), link)
+            _, state = tx.update(params, tx.init(params), params)
+            for wanted in (name, "ScaleByAdamState"):
+                if name == "VolumizedState" and wanted != name:
+                    continue  # of which there are two here
+                count = optax.tree.get(
+                    state,
+                    "count",
+                    filtering=lambda path, _: path[-1].tuple_name == wanted,  # noqa: B023
+                )
+                assert count == 1
+    tx = wr.volumized(ADAM, 0.5, 0.5)
+    _, state = tx.update(params, tx.init(params), params)
+    with pytest.raises(KeyError, match="Found multiple values"):
+        optax.tree.get(state, "count")
+    assert state.count == optax.tree.get(state.inner_state, "count") == 1

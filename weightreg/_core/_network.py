@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from weightreg._core._arguments import EqualByFields
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightLayer:
@@ -76,7 +78,7 @@ class WeightLayer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Network:
+class Network(EqualByFields):
     """What a network does with each of its parameters: see `trace_network`.
 
     ``str(net)`` is a table of it. A ``Network`` is told for ``dims`` of every method:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import jax.numpy as jnp
     data_fields=("bits", "scale"),
     meta_fields=("shape", "levels", "stack_axes"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A quantized weight in bits, as `pack` makes it: a node of a tree of parameters.
 
@@ -36,7 +37,22 @@ class PackedWeight:
     levels: str
     stack_axes: tuple[int, ...]
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all is equal, the bits too, so that a copy is equal."""
+        if not isinstance(other, PackedWeight):
+            return NotImplemented
+        forms = map(jax.tree.structure, (self, other))
+        arrays = (self.bits, other.bits), (self.scale, other.scale)
+        return len({*forms}) == 1 and all(_equal(a, b) for a, b in arrays)
+
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of the weights."""
         return self.scale.dtype
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arrays are equal, or what stands for them, such as their shapes."""
+    if not (hasattr(a, "__array__") and hasattr(b, "__array__")):
+        return a is b or a == b
+    return a is b or (a.dtype == b.dtype and bool(jnp.array_equal(a, b)))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -130,7 +131,9 @@ def equivalent_norm(
 
     A unit (a layer, with ``scope="layer"``) whose weights are all 0, or all equal where
     they are centred, has no direction. It is mapped to 0, with a gradient of 0, and the
-    squared norm of its layer is smaller by its share, ``alpha / m``.
+    squared norm of its layer is smaller by its share, ``alpha / m``. Layers that are
+    initialized with zeros (LoRA's ``b``, zero heads, Fixup) therefore stay 0: give them
+    another initializer, or leave them out with ``mask``.
 
     Args:
       scope: What norms and means are taken over, ``"unit"`` or ``"layer"``.
@@ -188,6 +191,44 @@ def check_wrapped(module: Any, kind: type, norm: Any) -> None:
         )
     if not isinstance(norm, NormMap):
         raise TypeError(f"norm must be what equivalent_norm returns, not {norm!r}.")
+
+
+def warn_of_zeros(norm: NormMap, params: Any) -> None:
+    """Warns of layers that start at 0 under a map, where the weights' values are known.
+
+    They are read back to the host for this.
+    """
+    leaves = jax.tree.leaves(params)
+    if not all(map(_is_known, leaves)):
+        return
+    layers = norm._layers(params)
+    paths = [x.path for x in layers if _has_zero_layer(norm, leaves[x.index], x)]
+    if paths:
+        equal = f" or all equal within each {norm.scope}" if norm.center else ""
+        warnings.warn(
+            "EquivalentNorm maps these weights to 0, with a gradient of 0, so that "
+            f"they will never learn, since all of a layer are 0{equal}: "
+            f"{', '.join(paths)}. "
+            "Give their layers another initializer (kernel_init=...), or leave them "
+            "out with the mask= of equivalent_norm.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _is_known(leaf: Any) -> bool:
+    """Whether the values of a leaf are known here, and not on other hosts alone."""
+    is_array = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
+    return is_array and getattr(leaf, "is_fully_addressable", True)
+
+
+def _has_zero_layer(norm: NormMap, leaf: Any, layer: WeightLayer) -> bool:
+    """Whether the map makes 0 of all weights of a layer, or of one that is stacked."""
+    w, axes = np.asarray(leaf), Axes.of(layer)
+    group = group_of(axes, norm.scope)
+    first = tuple(slice(1) if a in group else slice(None) for a in range(w.ndim))
+    still = w == w[first] if norm.center else w == 0
+    return bool(np.any(np.all(still, axes.inputs + axes.outputs)))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))  # Equal shapes share a trace.

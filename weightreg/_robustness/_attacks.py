@@ -24,6 +24,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from weightreg._core._arguments import check_count, check_shape, compute_dtype, is_real
 from weightreg._core._norms import p_norm, slope
+from weightreg._core._weights import SUPPORTED
 
 Loss = Callable[[jax.Array, Any], jax.Array]
 Bounds = tuple[ArrayLike, ArrayLike] | None
@@ -58,21 +59,27 @@ def fgsm(
       1e7 for float32. Subnormal numbers are rounded to nearest (float16, below 6.1e-5)
       or may count as zero (the other dtypes, where they are beyond any use).
     * **Bounds.** ``x'`` is within the bounds (rounded to ``x``'s dtype) exactly. An
-      ``x`` that is not is clipped into them first, and that is the point from which the
-      attack starts and measures: ``epsilon = 0`` returns ``clip(x, low, high)``.
+      ``x`` that is not is an error, for which a call outside of ``jax.jit`` reads ``x``
+      back to the host. Under ``jax.jit``, where values are not known, with traced
+      bounds, and for an ``x`` that is spread over other processes' devices, nothing is
+      checked: such an ``x`` is clipped into the bounds first, and that is the point
+      from which the attack starts and measures. So is one that is past them by a few
+      roundings, 8 times the dtype's ``eps``.
     * **Gradients.** None flow through the attack: to differentiation, ``x'`` is a
       constant, also where ``loss`` closes over the parameters that are being trained.
 
     Args:
       loss: Function ``(x, y) -> (batch,)``. All gradients come from one backward pass
-        through ``loss(x, y).sum()``, so that no example may depend on another: batch
-        normalization must run on stored statistics, and dropout must be off.
+        through ``loss(x, y).sum()``, so that no example may depend on another, and is
+        traced, so that it must not change state: batch normalization must run on stored
+        statistics, and dropout must be off (``model.eval()`` for nnx).
       x: Clean inputs ``(batch, ...)`` of a floating dtype, which the result keeps.
       y: Anything, or ``None``. It is handed to ``loss`` unchanged.
       epsilon: Size of the ball: a number, or ``(batch,)`` for one per example. It may
         be traced, and then is not checked.
-      bounds: ``(low, high)``, each broadcasting against ``x`` (for example
-        ``(channels,)`` where images were standardized), or ``None`` for no bounds.
+      bounds: ``(low, high)``, each broadcasting against ``x``, or ``None`` for no
+        bounds: ``(0, 255)`` for images of that range, and ``((0 - mean) / std,
+        (1 - mean) / std)`` for standardized ones.
       norm: ``"linf"`` or ``"l2"``. The L2 norm is over all axes of an example.
 
     Returns:
@@ -83,7 +90,7 @@ def fgsm(
         or ``loss`` does not return an array of floats.
       ValueError: ``norm`` is unknown, ``x`` has no axis, ``epsilon`` is negative, NaN
         or of another shape, ``bounds`` are not a pair, in order and broadcastable, or
-        ``loss`` does not return one number per example.
+        not those of ``x``, or ``loss`` does not return one number per example.
 
     References:
       Goodfellow et al., `Explaining and Harnessing Adversarial Examples
@@ -141,16 +148,18 @@ def pgd(
     result, unless it is ``x`` itself and no other was found.
 
     Sums are rounded towards ``x``, so that no rounding leaves the ball, and the result
-    is within the bounds exactly. An ``x`` that is not is clipped into them first. No
-    gradient flows through the attack. See `fgsm` for the limits of this.
+    is within the bounds exactly. An ``x`` that is not is an error outside of
+    ``jax.jit``, for which it is read back to the host, and clipped into them first
+    inside. No gradient flows through the attack. See `fgsm` for the limits of this.
 
     A call runs ``restarts * steps`` forward and backward passes and ``restarts + 1``
     forward passes. Outside of ``jax.jit`` each call compiles their loops anew; wrap
     what you call repeatedly.
 
     Args:
-      loss: Function ``(x, y) -> (batch,)``, in which no example may depend on another:
-        batch normalization must run on stored statistics, and dropout must be off.
+      loss: Function ``(x, y) -> (batch,)``, in which no example may depend on another,
+        and which must not change state: batch normalization must run on stored
+        statistics, and dropout must be off (``model.eval()`` for nnx).
       x: Clean inputs ``(batch, ...)`` of a floating dtype, which the result keeps.
       y: Anything, or ``None``. It is handed to ``loss`` unchanged.
       epsilon: Size of the ball: a number, or ``(batch,)`` for one per example. It may
@@ -159,8 +168,9 @@ def pgd(
       key: For a random start, uniform in the ball (L2: by volume) and then clipped into
         the bounds. Without one the attack starts from ``x``. Restart ``i`` draws from
         ``jax.random.fold_in(key, i)``.
-      bounds: ``(low, high)``, each broadcasting against ``x`` (for example
-        ``(channels,)`` where images were standardized), or ``None`` for no bounds.
+      bounds: ``(low, high)``, each broadcasting against ``x``, or ``None`` for no
+        bounds: ``(0, 255)`` for images of that range, and ``((0 - mean) / std,
+        (1 - mean) / std)`` for standardized ones.
       norm: ``"linf"`` or ``"l2"``. The L2 norm is over all axes of an example.
       step_size: Length of a step in that norm, a number or ``(batch,)``. ``None`` means
         ``2.5 * epsilon / steps``, with which all steps together cross the ball from any
@@ -178,7 +188,8 @@ def pgd(
       ValueError: ``norm`` is unknown, ``x`` has no axis, ``epsilon`` or ``step_size``
         is negative, NaN or of another shape, ``steps`` or ``restarts`` is too small or
         ``restarts`` above one without ``key``, ``bounds`` are not a pair, in order and
-        broadcastable, or ``loss`` does not return one number per example.
+        broadcastable, or not those of ``x``, or ``loss`` does not return one number per
+        example.
 
     References:
       Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
@@ -379,7 +390,17 @@ def _detached(loss: Loss, x: jax.Array, y: Any) -> Callable[[jax.Array], jax.Arr
 
     # With stop_gradient on the result alone the loops would still be differentiated by
     # the parameters inside `loss`, at several times the cost, to no use.
-    closed, captured = jax.closure_convert(per_example, x)
+    try:
+        closed, captured = jax.closure_convert(per_example, x)
+    except Exception as error:
+        # The classes are Flax's, which may not be installed or imported.
+        if type(error).__name__ in ("TraceContextError", "ModifyScopeVariableError"):
+            error.add_note(
+                "An attack traces loss, which must not change state: call model.eval() "
+                "first with nnx, and let linen's batch normalization run on stored "
+                "statistics (use_running_average=True)."
+            )
+        raise
     captured = lax.stop_gradient(captured)
     return lambda points: closed(points, *captured)
 
@@ -401,6 +422,11 @@ def _domain(x: ArrayLike, bounds: Bounds) -> tuple[jax.Array, jax.Array, jax.Arr
             f"x must be of a floating dtype, not {array.dtype}. Scale it first, for "
             "example by x.astype(jnp.float32) / 255."
         )
+    if array.dtype not in map(jnp.dtype, SUPPORTED):
+        raise TypeError(
+            f"x must be in floats of 16 bits or more, not {array.dtype}: cast it, for "
+            "example by x.astype(jnp.bfloat16)."
+        )
     if array.ndim == 0:
         raise ValueError("x must have shape (batch, ...), but is a scalar.")
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
@@ -413,7 +439,32 @@ def _domain(x: ArrayLike, bounds: Bounds) -> tuple[jax.Array, jax.Array, jax.Arr
     known = not any(isinstance(bound, Tracer) for bound in bounds)
     if known and not np.all(np.asarray(bounds[0]) <= np.asarray(bounds[1])):
         raise ValueError(f"bounds must be in order, low <= high, but are {bounds}.")
+    if known:
+        _check_inside(x, bounds, dtype)
     return jnp.clip(array, low, high), low, high
+
+
+def _check_inside(x: ArrayLike, bounds: Any, dtype: DTypeLike) -> None:
+    """Refuses inputs outside of their bounds, where the values of both are known.
+
+    What is standardized on a device is past bounds that are standardized in Python by
+    some roundings, which is allowed.
+    """
+    if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
+        return
+    # In NumPy, since what JAX calculates under jit has no values.
+    values = np.asarray(x)
+    low, high = (np.asarray(bound).astype(np.float64) for bound in bounds)
+    sizes = (np.where(np.isinf(b), 0, np.abs(b)) for b in (low, high))
+    slack = 8 * float(jnp.finfo(dtype).eps) * np.maximum(*sizes)
+    if np.any((values < low - slack) | (values > high + slack)):
+        known = values[~np.isnan(values)].astype(np.float64)
+        found = f"{known.min():.4g} to {known.max():.4g}"
+        raise ValueError(
+            f"x must be within bounds={bounds}, but has values from {found}. Pass the "
+            "bounds that x has: bounds=(0, 255), or bounds=((0 - mean) / std, (1 - "
+            "mean) / std) for standardized images, or bounds=None for no bounds."
+        )
 
 
 def _bound(bound: ArrayLike, x: jax.Array) -> jax.Array:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weightreg._core._arguments import Number
-from weightreg._core._weights import Dims, Mask
+from weightreg._core._arguments import Number, show_path
+from weightreg._core._weights import SUPPORTED, Dims, Mask
 from weightreg._volumization._volumized import volumized
 
 
@@ -54,6 +54,9 @@ def scale_by_laprop(
     Returns:
       A transformation of gradients. Updates keep the gradients' dtype.
 
+    Raises:
+      TypeError: A parameter is a float of 8 bits.
+
     References:
       Ziyin, Wang, Ueda, LaProp: Separating Momentum and Adaptivity in Adam,
       arXiv:2002.04839, Algorithm 1.
@@ -69,6 +72,7 @@ def scale_by_laprop(
     """
 
     def init_fn(params):
+        _check_dtypes(params)
         nu = jax.tree.map(
             lambda p: jnp.zeros_like(p, _real(jnp.result_type(p))), params
         )
@@ -99,6 +103,19 @@ def scale_by_laprop(
         return u, ScaleByLapropState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _check_dtypes(params: Any) -> None:
+    """Refuses floats of 8 bits, for which there is no arithmetic."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        is_float = jnp.issubdtype(dtype, jnp.floating)
+        if is_float and dtype not in map(jnp.dtype, SUPPORTED):
+            raise TypeError(
+                f"laprop cannot handle {show_path(path)} of dtype {dtype}, only floats "
+                "of 16 bits or more. Leave it out with optax.masked, or keep it in one "
+                "of these, as by leaf.astype(jnp.bfloat16)."
+            )
 
 
 def laprop(

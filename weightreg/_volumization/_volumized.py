@@ -81,7 +81,9 @@ class VolumizedState(NamedTuple):
     """State of `volumized`.
 
     Attributes:
-      count: Steps taken, for schedules; int32 scalar.
+      count: Steps taken, for schedules; int32 scalar. Optimizers count too, so that
+        ``optax.tree.get(state, "count")`` finds several. Take ``state.count``, and
+        ``optax.tree.get(state.inner_state, "count")``.
       inner_state: State of the wrapped optimizer, first moments damped.
     """
 
@@ -126,10 +128,11 @@ def volumized(
       ``conditionally_mask``, ``lookahead`` and ``schedule_free`` must be around
       ``volumized``; the last needs more, which the README beside this file shows.
       Behind ``mechanize`` `volumize` confines the weights alone. Leaves that
-      ``optimizer`` freezes must be left out with ``mask``, or they move. Nothing that changes updates may come after it, but
-      `quantize_every`. Under ``optax.inject_hyperparams``, which calls every function
-      as a schedule, name in ``static_args`` the arguments that are functions of the
-      parameters. ``cocob`` and ``madgrad`` undo each pull, hence have no soft wall.
+      ``optimizer`` freezes must be left out with ``mask``, or they move. Nothing that
+      changes updates may come after it, but `quantize_every`. Under
+      ``optax.inject_hyperparams``, which calls every function as a schedule, name in
+      ``static_args`` the arguments that are functions of the parameters. ``cocob`` and
+      ``madgrad`` undo each pull, hence have no soft wall.
 
     Args:
       optimizer: Any Optax optimizer, learning rate included.

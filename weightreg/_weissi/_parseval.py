@@ -27,7 +27,7 @@ from weightreg._core._arguments import (
 )
 from weightreg._core._mesh import gathered, placed
 from weightreg._core._norms import need_of
-from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
+from weightreg._core._weights import SUPPORTED, Dims, Mask, WeightLayer, layers_for
 
 
 def parseval(
@@ -179,6 +179,10 @@ def initial_logits(initial: Any, dtype: DTypeLike) -> jax.Array:
     """The logits of mean 0 at which `convex_sum` gives ``h`` the weight ``initial``."""
     if not is_real(initial) or np.shape(initial) != ():
         raise TypeError(f"initial must be a number, not {initial!r}.")
+    if jnp.dtype(dtype) not in map(jnp.dtype, SUPPORTED):
+        raise TypeError(
+            f"param_dtype must be a float of 16 bits or more, not {jnp.dtype(dtype)}."
+        )
     if isinstance(initial, Tracer):
         wide = jnp.asarray(initial, compute_dtype(dtype))
         half = 0.5 * (jnp.log(wide) - jnp.log1p(-wide))
