@@ -1,5 +1,6 @@
 """Modules for Flax's linen: ``import weightreg.linen``."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
+from flax.serialization import register_serialization_state
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
 from weightreg._core._arguments import is_real
+from weightreg._core._packed_weight import PackedWeight, register_state
 from weightreg._core._weights import is_packed
 from weightreg._equivalent_norm._equivalent_norm import (
     NormMap,
@@ -19,7 +22,56 @@ from weightreg._equivalent_norm._equivalent_norm import (
     warn_of_zeros,
 )
 from weightreg._quantization._pack import unpack
+from weightreg._quantization._quantize import PLANES
 from weightreg._weissi._parseval import convex_sum, initial_logits
+
+register_state(register_serialization_state)
+
+
+def _remove_axis(packed: PackedWeight, index: int, params: Any) -> PackedWeight:
+    """Refuses bits that are to be sliced along an axis which they do not have."""
+    del params
+    gone = len(packed.stack_axes) - packed.scale.ndim
+    kept = packed.stack_axes[max(gone, 0) :]
+    stack = (*range(-gone), *(axis - gone for axis in kept))
+    if index >= 0 and stack[: index + 1] == tuple(range(index + 1)):
+        return packed
+    given = f"{packed.levels} weights packed as layers of shape {packed.shape}"
+    if not stack:
+        raise ValueError(
+            f"{given} are to be scanned or mapped along axis {index}, but have no bits "
+            "of their own for each step: pack with dims=wr.trace_network(fn, params, "
+            "x), or unpack them before."
+        )
+    raise ValueError(
+        f"{given}, stacked along {stack}, are to be scanned or mapped along axis "
+        f"{index}, but bits can be sliced along axis 0 of the parameters only: use "
+        'variable_axes={"params": 0}, or unpack them before.'
+    )
+
+
+def _replace_boxed(packed: PackedWeight, val: Any) -> Any:
+    """An array that takes the place of a packed weight is not packed."""
+    del packed
+    return val
+
+
+def _add_axis(packed: PackedWeight, index: int, params: Any) -> PackedWeight:
+    """Axes of bits have no names that could be added to."""
+    del index, params
+    return packed
+
+
+# To Flax a packed weight is a box around the weight: one that is asked before lifted
+# transformations slice it, and that modules know how to open.
+for _name, _method in {
+    "unbox": unpack,
+    "replace_boxed": _replace_boxed,
+    "add_axis": _add_axis,
+    "remove_axis": _remove_axis,
+}.items():
+    setattr(PackedWeight, _name, _method)
+nn.meta.AxisMetadata.register(PackedWeight)
 
 
 class ConvexSum(nn.Module):
@@ -180,15 +232,21 @@ def unpack_layers(
     those of one layer at a time. The result is that of
     ``model.apply({"params": weightreg.unpack(packed)}, x)``.
 
-    It is for inference, where parameters are read only. Layers of ``nn.scan``, along
-    axis 0 of the parameters, have to be packed with ``dims``, so that each has bits of
-    its own. Layers that make their parameters in ``setup``, such as ``nn.Embed``, read
-    them before there is an input, and ``nn.WeightNorm`` reads those of another layer:
-    leave them out with the ``mask`` of `weightreg.pack`, or unpack them before.
+    Without it ``model.apply({"params": packed}, x)`` gives that result as well, and may
+    hold all layers at a time, since to Flax packed weights are boxes around weights
+    (and ``nn.unbox`` unpacks them).
+
+    It is for inference, where parameters are read only. Layers of ``nn.scan`` and
+    ``nn.vmap`` have to be packed with ``dims``, so that each has bits of its own, and
+    to be stacked along axis 0 of the parameters. Layers that make their parameters in
+    ``setup``, such as ``nn.Embed``, read them before there is an input, and
+    ``nn.WeightNorm`` reads those of another layer: leave them out with the ``mask`` of
+    `weightreg.pack`, or unpack them before.
     ``capture_intermediates`` finds every packed layer twice.
 
     Raises:
-      ValueError: A layer makes packed parameters in ``setup``.
+      ValueError: A layer makes packed parameters in ``setup``; or layers are scanned
+        or mapped that were packed without ``dims``, or along another axis than 0.
 
     Example:
       >>> import flax.linen as nn
@@ -207,14 +265,15 @@ def unpack_layers(
       (1, 2)
     """
     own = context.module.variables.get("params", {})
-    packed = [name for name, value in own.items() if is_packed(value)]
+    packed = [name for name, value in own.items() if _content(value)]
     # The functions that lifted transformations call are not named among the methods.
     if not packed or not hasattr(context.module, context.method_name):
         return next_fun(*args, **kwargs)
+    for name in packed:
+        _check_bits(context.module, name, _content(own[name]))
     if context.method_name == "setup":
-        path = "/".join(context.module.path)
         raise ValueError(
-            f"{type(context.module).__name__} at {path!r} makes packed parameters "
+            f"{_describe(context.module)} makes packed parameters "
             f"({', '.join(packed)}) in setup, before its input is known. Leave them "
             "out with the mask of weightreg.pack, or unpack them before."
         )
@@ -231,3 +290,29 @@ def unpack_layers(
         trans_in_fn=unpacked,
     )
     return call(context.module)
+
+
+def _content(value: Any) -> PackedWeight | None:
+    """The packed weight that a parameter is, with or without a box around it."""
+    if isinstance(value, nn.meta.AxisMetadata) and not is_packed(value):
+        children = jax.tree.leaves(value, is_leaf=is_packed)
+        value = children[0] if len(children) == 1 else None
+    return value if is_packed(value) else None
+
+
+def _describe(module: nn.Module) -> str:
+    """A module by its class and path."""
+    return f"{type(module).__name__} at {'/'.join(module.path)!r}"
+
+
+def _check_bits(module: nn.Module, name: str, packed: PackedWeight) -> None:
+    """Refuses bits of which something else has been cut out than a layer."""
+    size = -(-math.prod(packed.shape) // 8)
+    expected = (*packed.scale.shape, PLANES[packed.levels], size)
+    if packed.bits.shape != expected:
+        raise ValueError(
+            f"{_describe(module)} has bits of shape {packed.bits.shape} for {name!r}, "
+            f"where {packed.levels} weights {packed.shape} have {expected}: they have "
+            "been sliced. Pack with dims=wr.trace_network(fn, params, x), with layers "
+            "along axis 0, or unpack them before."
+        )

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
+from flax.serialization import register_serialization_state
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
 from weightreg._core._network import Network
+from weightreg._core._packed_weight import register_state
 from weightreg._equivalent_norm._equivalent_norm import (
     NormMap,
     check_wrapped,
@@ -18,6 +20,8 @@ from weightreg._equivalent_norm._equivalent_norm import (
 )
 from weightreg._tracing import _trace
 from weightreg._weissi._parseval import convex_sum, initial_logits
+
+register_state(register_serialization_state)
 
 
 def trace_network(

@@ -329,9 +329,26 @@ def each_with_update(
         yield index, leaf, jnp.asarray(flat[index])
 
 
+def is_box(node: Any) -> bool:
+    """Whether a node is one of Flax's boxes: one array, and what its axes are called.
+
+    That is a parameter of linen with metadata, or a variable in an ``nnx.State``. An
+    array of another shape must not lie in it, whose axes have other names or none.
+    """
+    if not hasattr(type(node), "add_axis"):  # Other wrappers have to stay as they are.
+        return False
+    inside, _ = jax.tree_util.tree_flatten_with_path(node, lambda x: x is not node)
+    (path, child), *more = inside or [((), None)]
+    named = path == (GetAttrKey("value"),) and not more
+    return named and jax.tree_util.all_leaves([child])
+
+
 def spread(params: Any, values: Mapping[int, Any], otherwise: Any) -> Any:
-    """A tree like ``params`` with values at some positions, and one value elsewhere."""
-    structure = jax.tree.structure(params)
+    """A tree like ``params`` with values at some positions, and one value elsewhere.
+
+    The values are none of the parameters, and lie in no boxes (`is_box`).
+    """
+    structure = jax.tree.structure(params, is_leaf=is_box)
     return structure.unflatten(
         [values.get(index, otherwise) for index in range(structure.num_leaves)]
     )

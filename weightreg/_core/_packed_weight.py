@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,3 +57,65 @@ def _equal(a: Any, b: Any) -> bool:
     if not (hasattr(a, "__array__") and hasattr(b, "__array__")):
         return a is b or a == b
     return a is b or (a.dtype == b.dtype and bool(jnp.array_equal(a, b)))
+
+
+_META = ("shape", "levels", "stack_axes")
+
+
+def register_state(register: Callable[..., None]) -> None:
+    """Lets packed weights go through Flax's state dicts.
+
+    Args:
+      register: ``flax.serialization.register_serialization_state``, which is passed
+        since this library imports Flax in the modules for it only.
+    """
+    register(PackedWeight, _to_state, _from_state, override=True)
+
+
+def _to_state(packed: PackedWeight) -> dict[str, Any]:
+    """A packed weight as a dict, which also says which weights the bits are."""
+    return {
+        "bits": packed.bits,
+        "scale": packed.scale,
+        "shape": _numbered(packed.shape),
+        "levels": packed.levels,
+        "stack_axes": _numbered(packed.stack_axes),
+    }
+
+
+def _numbered(numbers: tuple[int, ...]) -> dict[str, int]:
+    """A tuple as Flax's own state dicts have it."""
+    return {str(i): number for i, number in enumerate(numbers)}
+
+
+def _from_state(target: PackedWeight, state: Any) -> PackedWeight:
+    """Takes bits and scale from a dict, which has to be of such a weight as target."""
+    expected = _to_state(target)
+    if not isinstance(state, dict) or set(state) != set(expected):
+        have = list(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"the state of a PackedWeight must have {list(expected)}, but is {have}: "
+            "it is of another network than the target, or of one that is not packed."
+        )
+    for name in _META:
+        if state[name] != expected[name]:
+            raise ValueError(
+                f"{name} of a PackedWeight is {_shown(state[name])} in the state, but "
+                f"{_shown(expected[name])} in the target: pack the target as the saved "
+                "network was packed, or restore what was saved of the target's kind."
+            )
+    for name in ("bits", "scale"):
+        have, want = (
+            (jnp.shape(x[name]), jnp.result_type(x[name])) for x in (state, expected)
+        )
+        if have != want:
+            raise ValueError(
+                f"{name} of a PackedWeight has shape {have[0]} and dtype {have[1]} in "
+                f"the state, but {want[0]} and {want[1]} in the target."
+            )
+    return dataclasses.replace(target, bits=state["bits"], scale=state["scale"])
+
+
+def _shown(value: Any) -> Any:
+    """A tuple as it was before it was numbered."""
+    return tuple(value.values()) if isinstance(value, dict) else repr(value)

@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
-from weightreg._core._arguments import each, is_real, leaf_path, replaced
+from weightreg._core._arguments import each, is_box, is_real, leaf_path
 from weightreg._core._mesh import gathered
 from weightreg._core._packed_weight import PackedWeight
 from weightreg._core._weights import Dims, Mask, filter_axes, is_packed, stack_axes
@@ -43,7 +43,8 @@ def pack(
         of a grouped or depthwise convolution in a traced network.
 
     Returns:
-      The tree of ``params`` with a `PackedWeight` in the place of each weight.
+      The tree of ``params`` with a `PackedWeight` in the place of each weight, and of
+      the box with metadata that Flax may have put around it.
 
     Raises:
       ValueError: ``V`` is negative, NaN, or infinite or rounded to 0 in the weights'
@@ -77,7 +78,9 @@ def pack(
         own = _apart(stacked[i], filters[i], scales[i])
         scale = _one_per_layer(leaf_path(paths[i][0]), scales[i], w, own)
         packed[i] = _encode(w, scale, levels, own)
-    return replaced(params, packed, params)
+    # Bits have other axes than the weight, which the names on its box would not fit.
+    nodes, structure = jax.tree.flatten(params, is_leaf=is_box)
+    return structure.unflatten([packed.get(i, node) for i, node in enumerate(nodes)])
 
 
 def unpack(packed: Any, *, after: Any = None) -> Any:

@@ -1,7 +1,7 @@
 """WEISSI: a penalty that shifting scale between layers cannot lower."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from weightreg._core._arguments import (
     each_with_update,
     is_function,
     is_hole,
+    leaf_path,
     match,
     refuse_step_count,
     replaced,
@@ -52,7 +53,8 @@ class AddWeissiState(NamedTuple):
       count: The number of steps taken, an int32 scalar that schedules are given.
       vectors: Estimates of the right singular vectors, as a tree like the parameters
         with an array ``(*stack, *outputs)`` for every weight and ``optax.MaskedNode``
-        for every other leaf. Where no power iterations are made it is ``()``.
+        for every other leaf, in no boxes with metadata, which would name axes that the
+        vectors lack. Where no power iterations are made it is ``()``.
     """
 
     count: jax.typing.ArrayLike
@@ -278,9 +280,12 @@ def add_weissi(
         axes, powers = _weights(form, params, exponents, mask, dims)
         vectors = state.vectors
         if carries_vectors:
-            before = jax.tree.structure(params).flatten_up_to(vectors)
+            before = _vectors_of(state, params, axes)
             sizes, after = iterate_all(params, axes, before, iterations)
-            vectors = spread(params, after, optax.MaskedNode())
+            # States of earlier versions have boxes around vectors, and keep them, so
+            # that loops may carry them.
+            structure = jax.tree.structure(vectors)
+            vectors = structure.unflatten([after[i] for i in sorted(axes)])
         else:
             arrays = [w for _, w in each(params, axes)]
             sizes = measure_all(form, tuple(axes.values()), arrays)
@@ -469,6 +474,20 @@ def _penalty(form, energy, complexity, params, exponents, mask, dims) -> jax.Arr
     arrays = [w for _, w in each(params, axes)]
     hyper = Hyper.of(energy, complexity, powers)
     return penalty_value(form, tuple(axes.values()), hyper, arrays)
+
+
+def _vectors_of(state: AddWeissiState, params: Any, axes: Container[int]) -> list[Any]:
+    """The vector of each leaf, which weights have and others have not."""
+    vectors = match("state.vectors", state.vectors, params)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for index, (vector, (path, _)) in enumerate(zip(vectors, paths, strict=True)):
+        if is_hole(vector) == (index in axes):
+            have, want = ("no vector", "a") if index in axes else ("a vector", "no")
+            raise ValueError(
+                f"state has {have} for {leaf_path(path)}, which is {want} weight: call "
+                "init again where mask= or dims= have changed."
+            )
+    return vectors
 
 
 def _weights(
