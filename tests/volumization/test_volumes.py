@@ -151,7 +151,8 @@ def test_dense_layers_keep_the_bound(seed, a, b, bound, kind):
 )
 def test_convolutions_keep_the_bound(window, image, channels, stride, padding):
     shape = (*window, *channels)
-    volume = wr.lipschitz_volume(2.5)({"kernel": jnp.zeros(shape)})["kernel"]
+    params = {"Conv_0": {"kernel": jnp.zeros(shape)}}
+    volume = wr.lipschitz_volume(2.5)(params)["Conv_0"]["kernel"]
     for kind in KINDS:
         w = boxed(np.random.default_rng(0), shape, volume, kind)
         largest = conv_norm(w, image, stride, padding)
@@ -163,8 +164,9 @@ def test_a_convolution_told_by_dims_keeps_the_bound():
     for window, axes in (((5,), (0, 1)), ((3, 3), (0, 1, np.int64(2)))):
         shape = (*window, 2, 3)
         rule = wr.lipschitz_volume(dims=Dims(axes, np.int64(len(axes))))
-        volume = rule({"kernel": jnp.zeros(shape)})["kernel"]
-        assert volume == wr.lipschitz_volume()({"kernel": jnp.zeros(shape)})["kernel"]
+        params = {"Conv_0": {"kernel": jnp.zeros(shape)}}
+        volumes = rule({"kernel": jnp.zeros(shape)})
+        assert volumes == wr.lipschitz_volume()(params)["Conv_0"]
 
 
 def test_the_root_of_the_window_is_needed_and_nearly_enough():

@@ -226,7 +226,7 @@ def test_mask_and_dims_choose_and_describe_the_leaves():
     masked, _ = tx.update(zeros, tx.init(params), params)
     np.testing.assert_array_equal(masked["a"], got["a"])
     np.testing.assert_array_equal(masked["b"], 0)
-    last = parseval(0.1, mask=lambda p: {k: k != "c" for k in p})
+    last = parseval(0.1, mask=lambda p: {k: k != "c" for k in p}, dims=dims)
     got, _ = last.update(zeros, last.init(params), params)
     assert np.all(got["a"] != 0) and not np.any(got["c"])
 
@@ -257,7 +257,7 @@ def test_beta_zero_leaves_the_updates_as_they_are(dtype):
         p = p.at[0, 0, 0].set(jnp.inf).at[1, 1, 1].set(float(jnp.finfo(dtype).max))
         u = jnp.asarray(rng.normal(size=p.shape), dtype)
         for beta in (0, 0.0, jnp.float32(0), lambda count: 0.0 * count):
-            tx = parseval(beta)
+            tx = parseval(beta, dims=Dims((0, 1), 2))
             for update in (tx.update, jax.jit(tx.update)):
                 got, _ = update(u, tx.init(p), p)
                 np.testing.assert_array_equal(got, u)

@@ -270,10 +270,11 @@ def test_a_layer_brings_its_own_axes():
     factors = [np.array([4.0, 0.5]), 0.5]
     shifted = shift_scales(params, factors, layers)
     np.testing.assert_array_equal(shifted["a"]["bias"][:, 0], [4.0, 2.0])
+    mask = {"a": {"kernel": True, "bias": False}, "b": True}
+    shift_scales(params, factors, layers, mask=mask)  # The bias tells the same axes.
+    params["a"]["kernel"] = params["a"]["kernel"].swapaxes(1, 2)
     with pytest.raises(ValueError, match=r"layers\[0\] is not a weight of these"):
-        shift_scales(
-            params, factors, layers, mask=jax.tree.map(lambda x: x.ndim > 1, params)
-        )
+        shift_scales(params, factors, layers, mask=mask)
 
 
 def test_a_weight_called_bias_is_a_layer_if_the_mask_says_so():

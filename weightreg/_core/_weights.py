@@ -300,7 +300,7 @@ def _options(params: Any, mask: Mask, dims: Dims) -> list[_Options | None]:
     if isinstance(dims, Network):
         return _traced_options(params, flags, dims)
     numbers = [None] * len(leaves) if dims is None else numbers_of(params, dims)
-    tree = _Tree(params)
+    tree = _Tree(leaves, (i for i, flag in enumerate(flags) if flag))
     found: list[_Options | None] = []
     for index, ((path, leaf), flag, entry) in enumerate(
         zip(leaves, flags, numbers, strict=True)
@@ -377,7 +377,7 @@ def _axes_of(layer: WeightLayer) -> str:
 def _reasons(params: Any, mask: Mask, dims: Dims) -> list[str]:
     """Says of each leaf why it is a weight, or is none."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    tree = _Tree(params)
+    tree = _Tree(leaves)
     reasons = []
     options = _options(params, mask, dims)
     for index, ((path, _), own) in enumerate(zip(leaves, options, strict=True)):
@@ -409,7 +409,7 @@ def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
     _refuse_packed(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if mask is None and dims is None:
-        tree = _Tree(params)
+        tree = _Tree(leaves)
         return [tree.is_weight(index) for index in range(len(leaves))]
     if mask is None and isinstance(dims, Network):
         flags = [layer is not None for layer in traced_layers(dims, params)]
@@ -493,8 +493,11 @@ def check_whole(caller: str, params: Any, mask: Mask, dims: Dims, around: str) -
 
     rules: tuple[Any, Any] = mask, dims
     said = [rule(params) if is_function(rule) else rule for rule in rules]
-    for path, hole in jax.tree_util.tree_leaves_with_path(params, is_leaf=stop):
-        if is_hole(hole) and _may_be_weight(path, hole, *said):
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=stop)
+    tree = _Tree(nodes)
+    for index, (path, hole) in enumerate(nodes):
+        called = tree.called(index)
+        if is_hole(hole) and _may_be_weight(path, hole, called, *said):
             raise ValueError(
                 f"{caller} needs all layers, but params has a hole at "
                 f"{show_path(path)}, where a weight may be ({type(hole).__name__}, as "
@@ -505,7 +508,9 @@ def check_whole(caller: str, params: Any, mask: Mask, dims: Dims, around: str) -
             )
 
 
-def _may_be_weight(path: KeyPath, hole: Any, mask: Any, dims: Any) -> bool:
+def _may_be_weight(
+    path: KeyPath, hole: Any, called: str | None, mask: Any, dims: Any
+) -> bool:
     """Whether a hole has to be taken for a weight."""
     flags = [x for x in _entries(mask, path) if isinstance(x, bool | np.bool_)]
     if flags:
@@ -518,8 +523,8 @@ def _may_be_weight(path: KeyPath, hole: Any, mask: Any, dims: Any) -> bool:
     if any(isinstance(entry, MuonDimensionNumbers) for entry in entries):
         return True
     if hole is None:  # A tree of dims that is made from this one has None here as well.
-        return _is_named_weight(_Leaf.of(path, None).name)
-    return None not in entries and not _is_named_shift(_Leaf.of(path, None).name)
+        return called == "weight"
+    return None not in entries and called != "shift"
 
 
 def _entries(tree: Any, path: KeyPath) -> list[Any]:
@@ -614,9 +619,12 @@ class Beside:
 class _Tree:
     """What names and ranks tell of the leaves of a tree, which are few of all cases."""
 
-    def __init__(self, params: Any):
-        paths = jax.tree_util.tree_leaves_with_path(params)
-        self._leaves = [_Leaf.of(path, leaf) for path, leaf in paths]
+    def __init__(
+        self, leaves: Iterable[tuple[KeyPath, Any]], weights: Iterable[int] = ()
+    ):
+        """Takes leaves with paths apart, of which some are known to be ``weights``."""
+        self._leaves = [_Leaf.of(path, leaf) for path, leaf in leaves]
+        self._weights = {self._leaves[index].path for index in weights}
         self._beside: dict[Any, list[_Leaf]] = {}
         self._modules: dict[Any, set[str]] = {}
         for leaf in self._leaves:
@@ -635,7 +643,10 @@ class _Tree:
             return False
         leaf = self._leaves[index]
         named = _is_named_weight(leaf.name)
+        # With two axes behind those of size 1 it is a convolution of one place.
+        pointwise = len(leaf.shape) > 3 and set(leaf.shape[:-2]) == {1}
         first = not named and len(leaf.shape) > 2 and leaf.shape[0] == 1
+        first = first and not pointwise
         if first or self._may_be_scale(leaf):
             what = "its first axis has size 1" if first else "it may be a stack of them"
             raise ValueError(
@@ -645,6 +656,13 @@ class _Tree:
                 "network, or say it with mask=."
             )
         return True
+
+    def called(self, index: int) -> str | None:
+        """What a leaf is by its name alone, which may not be there: or ``None``."""
+        leaf = self._leaves[index]
+        if self._is_shift(leaf):
+            return "shift"
+        return "weight" if _is_named_weight(leaf.name) else None
 
     def why_not(self, index: int) -> str | None:
         """The reason why a leaf is no weight, or ``None`` if it may be one."""
@@ -680,6 +698,8 @@ class _Tree:
 
     def _is_shift(self, leaf: _Leaf) -> bool:
         """Whether a leaf is known by its name to shift or scale units."""
+        if leaf.path in self._weights:
+            return False
         beside = self._beside[leaf.module]
         if leaf.name == "b":  # Haiku's name, and one that anything may have
             named = any(_is_named_weight(x.name) for x in beside)
