@@ -1,46 +1,59 @@
 """Packed networks as files, of which no damage goes unnoticed."""
 
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import pathlib
+import secrets
+import stat
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, GetAttrKey
 
 from weightreg._core._arguments import KeyPath, show_path
 from weightreg._core._packed_weight import PackedWeight
 from weightreg._core._weights import is_packed
 from weightreg._quantization._pack import unpack
-from weightreg._quantization._quantize import PLANES, check_levels
+from weightreg._quantization._quantize import PLANES
 
 FORMAT = "weightreg.packed"
 VERSION = 1
 _UNSIGNED = "0" * 64  # stands for the checksum in what the checksum is taken of
+_BOX = (GetAttrKey("value"),)  # the path of a parameter in the box that Flax puts it in
 
 
 def save_packed(packed: Any, path: str | os.PathLike[str]) -> None:
     """Writes a packed network to a file.
 
     The file is one of `safetensors <https://huggingface.co/docs/safetensors>`_: the
-    bits of packed weights, and all other leaves, each under its key path. Its metadata
-    tell format and version, each leaf's shape, dtype, levels, scale and stacked axes,
-    and a SHA-256 of the whole file. It is written beside its place and moved there in
-    one piece, so that an interrupt leaves what was there.
+    bits of packed weights, and all other leaves, each under its key path, which is the
+    same in a box of Flax's (``nn.Partitioned``, ``nnx.Variable``) as without. Its
+    metadata tell format and version, each leaf's shape, dtype, levels, scale and
+    stacked axes, and a SHA-256 of the whole file.
+
+    It is written beside its place, under a name of its own, and moved there in one
+    piece. An interrupt leaves what was there, whoever reads finds a whole file, and of
+    several who save to one path the last one prevails. A process that is killed
+    (SIGKILL) leaves its ``weightreg-….part`` behind, which may be deleted.
 
     It needs the package safetensors: ``pip install 'weightreg[files]'``.
 
     Args:
       packed: What `pack` returns: a tree of arrays and `PackedWeight`.
-      path: The path of the file, which is replaced if it exists.
+      path: The path of the file. One that exists is replaced and keeps its
+        permissions; of a symbolic link it is the file that it leads to.
 
     Raises:
-      ValueError: The tree has no leaves, or two whose paths print alike; or a scale is
-        not finite, hence the weights it was made of were not.
+      ValueError: The tree has no leaves, or two whose paths print alike; a scale is not
+        finite, hence the weights it was made of were not; a `PackedWeight` is none that
+        `pack` makes; or at ``path`` is a folder, a FIFO or a device.
       TypeError: A leaf is no array that a file can hold, or ``path`` no path.
       ImportError: There is no safetensors.
 
@@ -64,11 +77,17 @@ def save_packed(packed: Any, path: str | os.PathLike[str]) -> None:
         raise ValueError("packed has no leaves: there is nothing to save.")
     tensors, described = {}, {}
     for keys, leaf in leaves:
-        name = show_path(keys)
+        name = _bare(show_path(keys))
         if name in described:
             raise ValueError(f"packed has two leaves whose path prints as {name}.")
-        described[name] = _describe(name, keys, leaf)
-        tensors[name] = _array(name, leaf.bits if is_packed(leaf) else leaf)
+        leaf = jax.tree.map(functools.partial(_array, name), leaf)
+        if fault := _fault(leaf):
+            raise ValueError(
+                f"packed has {fault} at {name}, which pack never makes of finite "
+                "weights."
+            )
+        described[name] = _describe(_names(keys), leaf)
+        tensors[name] = leaf.bits if is_packed(leaf) else leaf
     about = {
         "version": VERSION,
         "checksum": _UNSIGNED,
@@ -81,10 +100,8 @@ def save_packed(packed: Any, path: str | os.PathLike[str]) -> None:
         raise
     except Exception as error:
         raise TypeError(f"packed has what safetensors cannot hold: {error}") from error
-    unsigned = _mark(_UNSIGNED)
-    place = data.index(unsigned)
-    signed = _mark(hashlib.sha256(data).hexdigest())
-    _replace(path.resolve(), data[:place] + signed + data[place + len(unsigned) :])
+    before, after = _around(data, _UNSIGNED)
+    _replace(path.resolve(), (before, _mark(_digest(before, after)), after))
 
 
 def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
@@ -96,18 +113,19 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     Args:
       path: The path of the file.
       like: A tree that says what to expect: the network's parameters, packed or not,
-        or their shapes, as ``jax.eval_shape`` gives them. The result has its structure,
-        with a `PackedWeight` where the file has one; paths, shapes and dtypes must
-        agree, and levels where ``like`` is packed. Without it, the result is made of
-        dicts, which is what Flax's linen wants.
+        or their shapes, as ``jax.eval_shape`` gives them, in boxes or not. The result
+        has its structure, with a `PackedWeight` where the file has one (in the place of
+        its box, unless ``like`` is packed in one); paths, shapes and dtypes must agree,
+        and levels where ``like`` is packed. Without it, the result is made of dicts,
+        which is what Flax's linen wants.
 
     Returns:
       The packed tree, on JAX's default device.
 
     Raises:
-      ValueError: The file is damaged, cut off, of another version or no packed network;
-        ``like`` differs from it; or it was a tree of something else than dicts, and
-        ``like`` is not given; or it holds 64-bit numbers and JAX is not to.
+      ValueError: The file is damaged, cut off, of another version, no packed network or
+        no file; ``like`` differs from it; or it was a tree of something else than
+        dicts, and ``like`` is not given; or it holds 64-bit numbers and JAX is not to.
       FileNotFoundError: There is no file.
       ImportError: There is no safetensors.
 
@@ -121,18 +139,10 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
       ...     wr.load_packed(f"{folder}/net.safetensors", like=packed)["kernel"].shape
       (8, 4)
     """
-    path, library = _path(path), _safetensors()
-    data = path.read_bytes()
-    about = _about(path, data)
-    try:
-        leaves = _leaves(about["leaves"], dict(library.deserialize(data)))
-        nested = about["dicts"] and _nested(
-            {tuple(d["keys"]): leaves[name] for name, d in about["leaves"].items()}
-        )
-    except _Narrowed as error:
-        raise ValueError(f"{path} has {error}") from None
-    except Exception as error:  # the checksum is right, but no save_packed wrote it
-        raise ValueError(f"{path} is no packed network: {error!r}.") from error
+    path = _path(path)
+    about, tensors = _read(path)
+    leaves = _leaves(path, about["leaves"], tensors)
+    nested = about["dicts"] and _dicts(path, about["leaves"], leaves)
     if like is not None:
         return _as(like, leaves, path)
     if not about["dicts"]:
@@ -160,15 +170,48 @@ def _path(path: Any) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def _replace(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file beside its place and moves it there in one piece."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def _mode(path: pathlib.Path) -> int | None:
+    """A file's permissions, if there is one; what else there may be is refused."""
     try:
-        part.write_bytes(data)
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device or a socket")
+        raise ValueError(f"path must be that of a file, but {path} is {kind}.")
+    return stat.S_IMODE(mode)
+
+
+def _replace(path: pathlib.Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Writes a file beside its place and moves it there in one piece."""
+    mode = _mode(path)
+    # Not of the file's own name, which may be as long as the file system allows.
+    part = path.with_name(f"weightreg-{secrets.token_hex(16)}.part")
+    try:
+        with part.open("xb") as file:
+            if mode is not None:  # before there is anything to read
+                part.chmod(mode)
+            file.writelines(pieces)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _bare(path: str) -> str:
+    """A path without the ``.value`` of boxes, which files of old have in names."""
+    while path.endswith(".value"):
+        path = path.removesuffix(".value")
+    return path or show_path(())
+
+
+def _names(path: KeyPath) -> list[str] | None:
+    """The names of the dicts' entries on the way to a leaf, if it is all dicts."""
+    while path[-1:] == _BOX:
+        path = path[:-1]
+    named = all(isinstance(key, DictKey) and isinstance(key.key, str) for key in path)
+    return [str(key.key) for key in path] if named else None
 
 
 def _array(name: str, leaf: Any) -> np.ndarray:
@@ -181,60 +224,127 @@ def _array(name: str, leaf: Any) -> np.ndarray:
     return np.asarray(leaf, order="C")  # safetensors takes no notice of strides
 
 
-def _describe(name: str, keys: KeyPath, leaf: Any) -> dict[str, Any]:
+def _describe(names: list[str] | None, leaf: Any) -> dict[str, Any]:
     """Makes a leaf's entry in the metadata."""
-    named = all(isinstance(key, DictKey) and isinstance(key.key, str) for key in keys)
-    entry: dict[str, Any] = {"keys": [str(k.key) for k in keys] if named else None}
+    entry = {"keys": names, "dtype": leaf.dtype.name, "shape": leaf.shape}
     if not is_packed(leaf):
-        array = _array(name, leaf)
-        return entry | {"dtype": array.dtype.name, "shape": array.shape, "levels": None}
-    scale = _array(name, leaf.scale).astype(np.float64)
-    if not np.all(np.isfinite(scale)):
-        raise ValueError(
-            f"packed has a scale that is not finite at {name}: its weights were not."
-        )
+        return entry | {"levels": None}
     return entry | {
-        "dtype": jnp.dtype(leaf.dtype).name,
-        "shape": leaf.shape,
         "levels": leaf.levels,
-        "scale": scale.tolist(),
+        "scale": leaf.scale.astype(np.float64).tolist(),
         "stack_axes": leaf.stack_axes,
     }
 
 
-def _leaves(described: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+def _fault(leaf: Any) -> str | None:
+    """Says what a leaf has that no `PackedWeight` has which `pack` makes."""
+    if not is_packed(leaf):
+        return None
+    if not isinstance(leaf.levels, str) or leaf.levels not in PLANES:
+        return f"the levels {leaf.levels!r}"
+    bits, scale, shape, axes = leaf.bits, leaf.scale, leaf.shape, leaf.stack_axes
+    if not jnp.issubdtype(scale.dtype, jnp.floating) or scale.dtype.itemsize < 2:
+        return f"packed weights of dtype {scale.dtype}"
+    if not np.all(np.isfinite(scale.astype(np.float64))):
+        return "a scale that is not finite"
+    # Dimensions that no array can have would show only when it is unpacked.
+    if not _are_counts(shape) or math.prod(max(n, 1) for n in shape) >= 2**60:
+        return f"the shape {shape}"
+    rank = len(shape) + len(axes)
+    if not _are_counts(axes) or list(axes) != sorted({a for a in axes if a < rank}):
+        return f"stack_axes {axes}, for a weight of {rank} axes"
+    expected = (*scale.shape, PLANES[leaf.levels], -(-math.prod(shape) // 8))
+    if bits.dtype != np.uint8 or bits.shape != expected:
+        return f"bits {bits.dtype}{list(bits.shape)} instead of uint8{list(expected)}"
+    if _has_spare_bits(bits, math.prod(shape)):
+        return "bits that are set and belong to no weight"
+    return None
+
+
+def _are_counts(numbers: Iterable[Any]) -> bool:
+    return all(type(n) is int and n >= 0 for n in numbers)
+
+
+def _has_spare_bits(bits: np.ndarray, count: int) -> bool:
+    """Whether bits are set past the last weight, or the signs of some that are 0."""
+    *nonzero, negative = np.moveaxis(bits, -2, 0)
+    past = bool(count % 8) and np.any(bits[..., -1] & (0xFF >> count % 8))
+    return bool(past or any(np.any(negative & ~plane) for plane in nonzero))
+
+
+def _leaves(
+    path: pathlib.Path, described: Any, tensors: dict[str, Any]
+) -> dict[str, Any]:
     """The leaves that entries describe, which have to be what `_describe` makes."""
-    if set(described) != set(tensors):
-        raise ValueError(f"it has {', '.join(tensors)}, described {list(described)}")
+    if not isinstance(described, dict) or not set(described) == set(tensors) != set():
+        raise _forged(path, f"what it describes is not what it has: {list(tensors)}")
     leaves = {}
     for name, entry in described.items():
-        leaves[name] = leaf = _leaf(tensors[name], entry)
-        keys = (None,) if entry["keys"] is None else tuple(map(DictKey, entry["keys"]))
-        again = json.loads(json.dumps(_describe(name, keys, leaf)))
-        if again != entry:
-            raise ValueError(f"{name} is described as {entry}")
+        try:
+            if _bare(name) in leaves:
+                raise ValueError("there are two of them")
+            leaf = _leaf(tensors.pop(name), entry)  # its bytes go once they are read
+            _check_entry(name, entry, leaf)
+            leaves[_bare(name)] = jax.tree.map(_on_device, leaf)
+        except _Narrowed as error:
+            raise ValueError(f"{path} has {error}") from None
+        except Exception as error:  # the checksum is right, but no save_packed wrote it
+            raise _forged(path, f"it describes {name} wrongly: {error!r}") from error
     return leaves
+
+
+def _forged(path: pathlib.Path, why: str) -> ValueError:
+    return ValueError(f"{path} is no packed network: {why}.")
 
 
 def _leaf(tensor: dict[str, Any], entry: dict[str, Any]) -> Any:
     """Makes a leaf of its entry in the metadata and of the tensor's own bytes."""
-    levels, shape = entry["levels"], tuple(entry["shape"])
-    dtype, stored = jnp.dtype(entry["dtype"]), tuple(tensor["shape"])
-    if levels is None:
-        if stored != shape:
-            raise ValueError(f"a tensor of shape {stored}, where {shape} was expected")
-        return _on_device(np.frombuffer(tensor["data"], dtype).reshape(shape))
-    check_levels(levels)
-    scale = np.asarray(entry["scale"], np.float64).astype(dtype)
-    if stored != (*scale.shape, PLANES[levels], -(-math.prod(shape) // 8)):
-        raise ValueError(f"bits of shape {stored} for {levels} weights {shape}")
+    dtype = jnp.dtype(entry["dtype"])
+    if entry["levels"] is None:
+        return _numbers(tensor, dtype)
+    bits = _numbers(tensor, np.dtype(np.uint8))
+    scale: Any = np.asarray(entry["scale"], np.float64).astype(dtype)
     return PackedWeight(
-        bits=_on_device(np.frombuffer(tensor["data"], np.uint8).reshape(stored)),
-        scale=_on_device(scale),
-        shape=shape,
-        levels=levels,
+        bits=bits,
+        scale=scale.reshape(bits.shape[:-2]),
+        shape=tuple(entry["shape"]),
+        levels=entry["levels"],
         stack_axes=tuple(entry["stack_axes"]),
     )
+
+
+def _numbers(tensor: dict[str, Any], dtype: np.dtype) -> Any:
+    if tensor["dtype"] != _code(dtype):
+        raise ValueError(f"its dtype is {dtype}, but the tensor's {tensor['dtype']}")
+    numbers = np.frombuffer(tensor["data"], np.uint8)
+    if dtype.kind == "b" and numbers.max(initial=0) > 1:
+        raise ValueError("it has booleans that are neither 0 nor 1")
+    return numbers.view(dtype).reshape(tensor["shape"])
+
+
+@functools.cache
+def _code(dtype: np.dtype) -> str:
+    """What safetensors calls a dtype, read off a file that it makes."""
+    data = _safetensors().numpy.save({"": np.empty(0, dtype)})
+    return json.loads(data[8:])[""]["dtype"]
+
+
+def _check_entry(name: str, entry: dict[str, Any], leaf: Any) -> None:
+    """Refuses an entry that differs from that which `save_packed` would write."""
+    if fault := _fault(leaf):
+        raise ValueError(f"it has {fault}")
+    names = None if entry["keys"] is None else [str(key) for key in entry["keys"]]
+    if names is not None and show_path(tuple(map(DictKey, names))) != name:
+        raise ValueError(f"its keys are {names}")
+    # As text, since Python takes 6.0 for 6 and True for 1.
+    expected, found = (
+        {field: json.dumps(value) for field, value in fields.items()}
+        for fields in (_describe(names, leaf), entry)
+    )
+    for field in {**expected, **found}:
+        want, have = expected.get(field), found.get(field)
+        if want != have:
+            raise ValueError(f"its {field} is {have}, where {want} was expected")
 
 
 class _Narrowed(ValueError):
@@ -250,6 +360,19 @@ def _on_device(array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
 
 
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file says of itself, and its tensors, of which no other copy is left."""
+    _mode(path)
+    library = _safetensors()
+    # It is not mapped, since it must not change between the checksum and its use.
+    data = path.read_bytes()
+    about = _about(path, data)
+    try:
+        return about, dict(library.deserialize(data))
+    except Exception as error:
+        raise _forged(path, str(error)) from error
+
+
 def _about(path: pathlib.Path, data: bytes) -> dict[str, Any]:
     """Reads what a file says of itself, once it is known to be whole."""
     size = int.from_bytes(data[:8], "little")
@@ -257,24 +380,41 @@ def _about(path: pathlib.Path, data: bytes) -> dict[str, Any]:
         header = json.loads(data[8 : 8 + size])
         about = json.loads(header["__metadata__"][FORMAT])
         version, found = about["version"], about["checksum"]
-        place = data.index(_mark(found), 8, 8 + size)
+        before, after = _around(data, found)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"{path} is no packed network, or is damaged: it does not begin with the "
             "header that save_packed writes."
         ) from None
-    if version != VERSION or isinstance(version, bool):
+    if version != VERSION or type(version) is not int:
         raise ValueError(
             f"{path} is of version {version!r}, where this weightreg reads {VERSION}."
         )
-    end = place + len(_mark(found))
-    digest = hashlib.sha256(data[:place] + _mark(_UNSIGNED) + data[end:]).hexdigest()
+    digest = _digest(before, after)
     if found != digest:
         raise ValueError(
             f"{path} is damaged: its SHA-256 is {digest}, and it says {found}. A byte "
             "has changed, or some are missing."
         )
+    if set(about) != {"version", "checksum", "dicts", "leaves"}:
+        raise _forged(path, f"it says {', '.join(about)}")
+    if not isinstance(about["dicts"], bool):
+        raise _forged(path, f"dicts is {about['dicts']!r}, and no boolean")
     return about
+
+
+def _around(data: bytes, checksum: Any) -> tuple[memoryview, memoryview]:
+    """What stands before the checksum and after it, without a copy."""
+    size, mark = int.from_bytes(data[:8], "little"), _mark(checksum)
+    place = data.index(mark, 8, 8 + size)
+    return memoryview(data)[:place], memoryview(data)[place + len(mark) :]
+
+
+def _digest(before: memoryview, after: memoryview) -> str:
+    digest = hashlib.sha256(before)
+    digest.update(_mark(_UNSIGNED))
+    digest.update(after)
+    return digest.hexdigest()
 
 
 def _mark(checksum: str) -> bytes:
@@ -284,11 +424,32 @@ def _mark(checksum: str) -> bytes:
 
 def _is_of_dicts(packed: Any, leaves: list[tuple[KeyPath, Any]]) -> bool:
     """Whether the dicts of dicts that the paths describe are the tree."""
-    keys: list[Any] = [tuple(getattr(k, "key", 0) for k in path) for path, _ in leaves]
-    if not all(path and all(isinstance(k, str) for k in path) for path in keys):
+    named = [(tuple(_names(path) or ()), leaf) for path, leaf in leaves]
+    paths = [names for names, _ in named]
+    if not all(paths) or _above_another(paths):
         return False
-    rebuilt = _nested(dict(zip(keys, (leaf for _, leaf in leaves), strict=True)))
-    return jax.tree.structure(rebuilt) == jax.tree.structure(packed)
+    rebuilt = jax.tree.structure(_nested(dict(named)), is_leaf=is_packed)
+    return rebuilt == jax.tree.structure(packed, is_leaf=_is_place)
+
+
+def _dicts(
+    path: pathlib.Path, described: dict[str, Any], leaves: dict[str, Any]
+) -> dict[str, Any]:
+    """The dicts that entries describe, in which every leaf has a place."""
+    for name, entry in described.items():
+        if not entry["keys"]:
+            raise _forged(path, f"{name} is in no dict, and all is said to be")
+    named = {tuple(entry["keys"]): leaves[name] for name, entry in described.items()}
+    if above := _above_another(list(named)):
+        place = show_path(tuple(map(DictKey, above)))
+        raise _forged(path, f"it has a leaf at {place} and another one below")
+    return _nested(named)
+
+
+def _above_another(paths: list[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """A path with which another one begins: a dict cannot be where a leaf is."""
+    pairs = itertools.pairwise(sorted(paths))  # where it comes right before the other
+    return next((a for a, b in pairs if b[: len(a)] == a), None)
 
 
 def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -301,11 +462,34 @@ def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
     return tree
 
 
+def _is_box(node: Any) -> bool:
+    """Whether a node is one of Flax's boxes, with one leaf, which may be packed."""
+    if not hasattr(type(node), "add_axis"):  # Other wrappers have to stay as they are.
+        return False
+    leaves = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_packed)
+    return [path for path, _ in leaves] == [_BOX]
+
+
+def _is_place(node: Any) -> bool:
+    """Whether a node is where a leaf of a file belongs, and has one path."""
+    return is_packed(node) or _is_box(node)
+
+
+def _put(leaf: Any, node: Any) -> Any:
+    """Puts a leaf in the place of a node, into the box that it may be."""
+    if not _is_box(node):
+        return leaf
+    content, box = jax.tree.flatten(node, is_leaf=is_packed)
+    # Bits have other axes than the weight, which the names on its box would not fit.
+    alone = is_packed(leaf) and not is_packed(content[0])
+    return leaf if alone else box.unflatten([leaf])
+
+
 def _as(like: Any, leaves: dict[str, Any], path: pathlib.Path) -> Any:
     """Puts the leaves of a file into the structure of ``like``, which they must fit."""
     expected = jax.tree_util.tree_leaves_with_path(like, is_leaf=is_packed)
-    structure = jax.tree.structure(like, is_leaf=is_packed)
-    names = [show_path(keys) for keys, _ in expected]
+    nodes, structure = jax.tree.flatten(like, is_leaf=_is_place)
+    names = [_bare(show_path(keys)) for keys, _ in expected]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"like has two leaves whose path prints as {repeated.pop()}.")
     for one, other, what in (
@@ -324,7 +508,8 @@ def _as(like: Any, leaves: dict[str, Any], path: pathlib.Path) -> Any:
                 f"{path} is of another network than like: at {name} it has {have}, "
                 f"where like has {want}."
             )
-    return jax.tree.unflatten(structure, [leaves[name] for name in names])
+    found = [leaves[name] for name in names]
+    return structure.unflatten(map(_put, found, nodes))
 
 
 def _kind(leaf: Any, in_bits: bool = True) -> str:
