@@ -260,6 +260,34 @@ def test_every_way_to_name_layers():
     )
 
 
+def test_biases_called_b_are_shifted_as_well():
+    """Haiku calls them so, and writers of plain functions, with a number."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (5, 8), "b1": (8,), "w2": (8, 2), "b2": (2,)}
+    flat = {name: jnp.asarray(rng.normal(size=n)) for name, n in shapes.items()}
+    haiku = {f"linear_{i}": {n: flat[f"{n}{i}"] for n in "wb"} for i in (1, 2)}
+    x = jnp.asarray(rng.normal(size=(4, 5)))
+
+    def net(p, x):
+        return jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+
+    for params, names in ((flat, ["w1", "w2"]), (haiku, ["linear_1", "linear_2"])):
+        for layers in (None, names):
+            shifted = shift_scales(params, [4.0, 0.25], layers)
+            if params is haiku:
+                shifted = {
+                    f"{n}{i}": shifted[f"linear_{i}"][n] for n in "wb" for i in (1, 2)
+                }
+            np.testing.assert_allclose(net(shifted, x), net(flat, x), rtol=1e-4)
+            np.testing.assert_array_equal(shifted["b1"], 4 * flat["b1"])
+
+
+def test_a_bias_that_tells_of_a_stack_is_shifted_with_it():
+    shifted = shift_scales(SCAN, [np.array([4.0, 0.5, 0.5])])
+    np.testing.assert_array_equal(shifted["bias"][:, 0], [4.0, 2.0, 1.0])
+    np.testing.assert_array_equal(shifted["kernel"][:, 0, 0], [4.0, 0.5, 0.5])
+
+
 def test_a_layer_brings_its_own_axes():
     params = {
         "a": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4))},
@@ -717,7 +745,13 @@ SCAN = {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}
             ValueError,
             "bias.*might be the bias of several",
         ),
-        (SCAN, [1.0], {}, ValueError, r"bias.*\(3, 2\).*expected \(2,\).*dims="),
+        (
+            {"a": {"w": jnp.ones((2, 3)), "b": jnp.ones(3), "gain": jnp.ones(3)}},
+            [1.0],
+            {"layers": ["a"]},
+            ValueError,
+            r"\['a'\]\['gain'\] is beside \['a'\]\['w'\] and neither.*trace_network",
+        ),
         (
             {"kernel": jnp.ones((2, 3, 2)), "bias": jnp.ones((2, 3))},
             [1.0],

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax import lax
 from weightreg._core._arguments import check_boolean
 from weightreg._core._mesh import first_of, is_split
 from weightreg._core._norms import Axes, Scaled, exponent_of, or_one, p_norm, scale_of
-from weightreg._core._weights import Dims, Mask, Need, WeightLayer, layers_for
+from weightreg._core._weights import Dims, Mask, WeightLayer, layers_for
 
 SCOPES = ("unit", "layer")
 
@@ -28,9 +29,8 @@ def layers_of(
     caller: str, params: Any, scope: str, center: bool, mask: Mask, dims: Dims
 ) -> list[WeightLayer]:
     """The weights that have elements. Refuses those that centring would make 0."""
-    units = scope == "unit"
-    need: Need = lambda layer: (layer.stack_axes, units and layer.output_axes)  # noqa: E731
-    layers = layers_for(caller, params, mask, dims, need)
+    used = ("stack_axes", "output_axes")[: 1 + (scope == "unit")]
+    layers = layers_for(caller, params, mask, dims, operator.attrgetter(*used))
     layers = [layer for layer in layers if math.prod(layer.shape)]
     for layer in layers:
         units = math.prod(layer.shape[a] for a in layer.output_axes)

@@ -3,7 +3,8 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Hashable
+import operator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -28,6 +29,7 @@ from weightreg._core._arguments import (
 from weightreg._core._weights import (
     Dims,
     Mask,
+    Need,
     WeightLayer,
     check_dtypes,
     check_whole,
@@ -55,8 +57,9 @@ class VolumeRule(EqualByFields, abc.ABC):
     def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
         """One volume for each of all layers."""
 
+    @property
     @abc.abstractmethod
-    def need(self, layer: WeightLayer) -> Hashable:
+    def need(self) -> Need:
         """What the rule makes of a layer."""
 
     def __call__(self, params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
@@ -84,11 +87,13 @@ class HeVolume(VolumeRule):
 
     def volumes(self, layers: tuple[WeightLayer, ...]) -> list[Number]:
         """One volume for each layer, by its own fan."""
-        return [self._volume(self.need(layer)) for layer in layers]
+        return [self._volume(_FANS[self.fan](layer)) for layer in layers]
 
-    def need(self, layer: WeightLayer) -> float:
-        """The fan of a layer."""
-        return _FANS[self.fan](layer)
+    @property
+    def need(self) -> Need:
+        """The fans of a layer."""
+        fans = {"avg": ("fan_in", "fan_out")}.get(self.fan, (f"fan_{self.fan}",))
+        return operator.attrgetter(*fans)
 
     def _volume(self, fan: float) -> Number:
         if not fan:  # for a layer without elements no wall matters
@@ -110,19 +115,16 @@ class LipschitzVolume(VolumeRule):
         depth = max(sum(_passes(layer) for layer in layers), 1)
 
         def volume(layer: WeightLayer) -> Number:
-            scale = 1 / (_sides(layer) * math.sqrt(layer.reach) * layer.factor)
+            sides = max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
+            scale = 1 / (sides * math.sqrt(layer.reach) * layer.factor)
             return _lift(lambda c: c ** (1 / depth) * scale, self.bound)
 
         return list(map(volume, layers))
 
-    def need(self, layer: WeightLayer) -> Hashable:
+    @property
+    def need(self) -> Need:
         """The sides of a layer's matrix, and what its window and its stack add."""
-        return _sides(layer), layer.reach, layer.stack_axes
-
-
-def _sides(layer: WeightLayer) -> int:
-    """The larger side of the kernel matrix: its units, or its inputs."""
-    return max(layer.fan_out // max(layer.window, 1), layer.fan_in, 1)
+        return operator.attrgetter("fan_in", "fan_out", "window", "reach", "stack_axes")
 
 
 def _passes(layer: WeightLayer) -> int:

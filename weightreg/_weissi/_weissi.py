@@ -1,6 +1,7 @@
 """WEISSI: a penalty that shifting scale between layers cannot lower."""
 
 import math
+import operator
 from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from weightreg._core._weights import (
     WeightLayer,
     check_whole,
     layers_for,
+    layers_of,
 )
 from weightreg._weissi._penalty import (
     Form,
@@ -333,8 +335,8 @@ def cnn_exponents(params: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
       {'conv': 2, 'out': 1}
     """
     refuse_step_count("exponents", params)
-    need = lambda layer: layer.convolves  # noqa: E731
-    layers = layers_for("cnn_exponents", params, mask, dims, need)
+    need = operator.attrgetter("convolves")
+    layers = layers_of("cnn_exponents", params, mask, dims, need)
     powers = {layer.index: 2 if layer.convolves else 1 for layer in layers}
     return spread(params, powers, None)
 
