@@ -1,5 +1,6 @@
 """The linen module against the function, by hand, under transforms and in training."""
 
+import dataclasses
 import math
 
 import chex
@@ -594,3 +595,114 @@ def test_what_cannot_run_from_bits_says_so():
     got = from_bits(nn.Dense(8), {"params": wr.pack(folded, 0.3, "binary")}, H)
     expected = nn.Dense(8).apply({"params": wr.binarize(folded, 0.3)}, H)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+class Stacked(nn.Module):
+    """Layers that a lifted transformation takes from a stack of parameters."""
+
+    lift: str = "scan"
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}}
+        if self.lift == "scan":
+            return nn.scan(Layer, length=3, **axes)(name="stack")(x, None)[0]
+        mapped = nn.vmap(nn.Dense, **axes)
+        return mapped(8, name="stack")(x)
+
+
+def around(model, x):
+    """Runs a network inside of other transformations of Flax."""
+
+    class Around(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = self.is_initializing()
+            same = nn.map_variables(
+                lambda m, x: m(x), "params", init=init, mutable=init
+            )
+            return same(nn.jit(nn.remat(type(model)))(model.lift, name="in"), x)
+
+    return Around()
+
+
+def traced(model, params, x):
+    return wr.trace_network(lambda p, x: model.apply({"params": p}, x), params, x)
+
+
+@pytest.mark.parametrize("lift", ["scan", "vmap"])
+def test_stacks_run_from_bits_if_they_were_packed_layer_by_layer(lift):
+    x = jnp.asarray(RNG.normal(size=(3, 8)), jnp.float32)
+    for model in (Stacked(lift), around(Stacked(lift), x)):
+        params = quick.jit(model.init)(KEY, x)["params"]
+        whole = wr.pack(params, 0.3, "ternary")
+        refused = r"ternary weights.* of shape \(3, 8, 8\).*axis 0.*dims="
+        with pytest.raises(ValueError, match=refused):
+            from_bits(model, {"params": whole}, x)
+        packed = wr.pack(params, 0.3, "ternary", dims=traced(model, params, x))
+        got = jax.jit(lambda p, model=model: from_bits(model, {"params": p}, x))(packed)
+        expected = model.apply({"params": wr.unpack(packed)}, x)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("lift", ["scan", "vmap"])
+def test_stacks_along_another_axis_are_refused(lift, axis):
+    model, x = Stacked(lift, axis), jnp.ones((3, 8))
+    params = quick.jit(model.init)(KEY, x)["params"]
+    own = (0, 2) if axis == 1 else (0, 1)
+    dims = jax.tree.map(lambda w: Dims(*own) if w.ndim == 3 else None, params)
+    packed = wr.pack(params, 0.3, "binary", dims=dims)
+    words = rf"\(8, 8\), stacked along \({axis % 3},\).*axis {axis}.*axis 0 of"
+    with pytest.raises(ValueError, match=words):
+        from_bits(model, {"params": packed}, x)
+    expected = model.apply({"params": wr.binarize(params, 0.3, dims=dims)}, x)
+    got = model.apply({"params": wr.unpack(packed)}, x)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_scan_in_a_scan_takes_its_stacks_one_after_the_other():
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    rows = nn.scan(nn.scan(Layer, length=3, **axes), length=2, **axes)
+    model, x = rows(), jnp.ones((2, 8))
+    params = quick.jit(model.init)(KEY, x, None)["params"]
+    dims = jax.tree.map(lambda w: Dims(2, 3) if w.ndim == 4 else None, params)
+    packed = wr.pack(params, 0.3, "binary", dims=dims)
+    got = from_bits(model, {"params": packed}, x, None)[0]
+    expected = model.apply({"params": wr.unpack(packed)}, x, None)[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    dims = jax.tree.map(lambda w: Dims((1, 2), 3) if w.ndim == 4 else None, params)
+    outer = wr.pack(params, 0.3, "binary", dims=dims)
+    with pytest.raises(ValueError, match=r"layers of shape \(3, 8, 8\).*dims="):
+        from_bits(model, {"params": outer}, x, None)
+
+
+def test_bits_that_were_cut_are_refused_by_the_layer_they_are_in():
+    model, x = nn.Sequential([nn.Dense(8), nn.Dense(8)]), jnp.ones((2, 8))
+    packed = wr.pack(quick.jit(model.init)(KEY, x)["params"], 0.3, "binary")
+    kernel = packed["layers_1"]["kernel"]
+    packed["layers_1"]["kernel"] = dataclasses.replace(kernel, bits=kernel.bits[0])
+    words = r"Dense at 'layers_1'.*\(8,\) for 'kernel'.*\(8, 8\) have \(1, 8\).*dims="
+    with pytest.raises(ValueError, match=words):
+        from_bits(model, {"params": packed}, x)
+
+
+def test_scanned_layers_in_boxes():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+
+    class Boxed(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.tanh(nn.Dense(8, kernel_init=init)(x)), None
+
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    named = {nn.PARTITION_NAME: "layers"}
+    model = nn.scan(Boxed, length=3, metadata_params=named, **axes)()
+    x = jnp.ones((2, 8))
+    params = quick.jit(model.init)(KEY, x, None)["params"]
+    is_kernel = lambda w: Dims(1, 2) if w.ndim == 3 else None  # noqa: E731
+    packed = wr.pack(params, 0.3, "binary", dims=jax.tree.map(is_kernel, params))
+    got = from_bits(model, {"params": packed}, x, None)[0]
+    expected = model.apply({"params": wr.unpack(packed)}, x, None)[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

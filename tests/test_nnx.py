@@ -434,3 +434,25 @@ def test_saved_and_restored_by_orbax(tmp_path):
     for each in (model, other):
         each.eval()
     np.testing.assert_array_equal(other(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("kind", [lambda s: s, nnx.as_pure, nnx.to_pure_dict])
+def test_networks_take_what_was_unpacked_of_their_state(kind):
+    """As variables, as arrays and as a dict, whole and in a module that is there."""
+    model = nnx.Sequential(
+        nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0)),
+        nnx.relu,
+        nnx.Linear(4, 3, rngs=nnx.Rngs(1)),
+    )
+    graph, params = nnx.split(model)
+    expected = nnx.merge(graph, wr.binarize(params, 0.5))(IMAGES)
+    packed = wr.pack(kind(nnx.state(model, nnx.Param)), 0.5, "binary")
+    assert isinstance(packed["layers"][2]["kernel"], wr.PackedWeight)
+    merged = nnx.merge(graph, wr.unpack(packed))
+    nnx.update(model, wr.unpack(packed))
+    for got in (merged, model):
+        kernel = got.layers[2].kernel
+        assert isinstance(kernel, nnx.Param) and kernel.shape == (4, 3)
+        np.testing.assert_array_equal(got(IMAGES), expected)
+    run = jax.jit(lambda p, x: nnx.merge(graph, wr.unpack(p))(x))
+    np.testing.assert_allclose(run(packed, IMAGES), expected, rtol=1e-5, atol=1e-6)

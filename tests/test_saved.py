@@ -5,8 +5,10 @@ after three of the steps that `step_of` makes. ``states.npz`` holds the leaves t
 saved, and the parameters after three steps more.
 """
 
+import dataclasses
 import functools
 import pathlib
+import pickle
 
 import chex
 import flax.serialization
@@ -17,9 +19,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import quick
+from flax.training.train_state import TrainState
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
+import weightreg.linen
+import weightreg.nnx
 
 DATA = pathlib.Path(__file__).parent / "data"
 HALF = wr.he_volume(0.5)
@@ -125,3 +130,72 @@ def test_packed_networks_load(levels):
     volume = {"Dense_0": 0.1, "Layers": jnp.array([0.1, 0.2, 0.3]).reshape(3, 1, 1)}
     repacked = wr.pack(wr.unpack(packed), volume, levels, dims=dims)
     chex.assert_trees_all_equal(repacked, packed)
+
+
+def small(levels="ternary"):
+    params = {
+        "one": {"kernel": jnp.asarray(RNG.normal(size=(5, 7)), jnp.bfloat16)},
+        "stack": jnp.asarray(RNG.normal(size=(3, 4, 5)), jnp.float32),
+        "bias": jnp.ones(5),
+    }
+    dims = {"one": Dims(0, 1), "stack": Dims(1, 2), "bias": None}
+    return wr.pack(params, 0.5, levels, dims=dims)
+
+
+RNG = np.random.default_rng(0)
+FORMS = {
+    "bytes": lambda x, like: flax.serialization.from_bytes(
+        like, flax.serialization.to_bytes(x)
+    ),
+    "state dict": lambda x, like: flax.serialization.from_state_dict(
+        like, flax.serialization.to_state_dict(x)
+    ),
+    "messages": lambda x, like: flax.serialization.from_state_dict(
+        like,
+        flax.serialization.msgpack_restore(
+            flax.serialization.msgpack_serialize(flax.serialization.to_state_dict(x))
+        ),
+    ),
+    "pickle": lambda x, like: pickle.loads(pickle.dumps(x)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_trees_come_back(form):
+    packed = small()
+    zeros = jax.tree.map(jnp.zeros_like, packed)
+    trained = TrainState(0, apply_fn=None, params=packed, tx=None, opt_state=())
+    for tree, like in ((packed, zeros), (trained, trained.replace(params=zeros))):
+        got = FORMS[form](tree, like)
+        chex.assert_trees_all_equal(got, tree)
+        assert jax.tree.structure(got) == jax.tree.structure(tree)
+    chex.assert_trees_all_equal(
+        wr.unpack(FORMS[form](packed, zeros)), wr.unpack(packed)
+    )
+
+
+CHANGED = {
+    "shape": ({"shape": (7, 5)}, r"shape.*\(5, 7\) in the state, but \(7, 5\)"),
+    "levels": ({"levels": "binary"}, "levels.*'ternary' in the state, but 'binary'"),
+    "stack_axes": ({"stack_axes": (1,)}, r"stack_axes.*\(\) in the state, but \(1,\)"),
+    "bits": ({"bits": jnp.zeros((2, 4), jnp.uint8)}, r"bits.*\(2, 5\).*\(2, 4\)"),
+    "scale": ({"scale": jnp.float32(1)}, "scale.*bfloat16 in the state.*float32"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_packed_weights_of_another_kind_are_refused(name):
+    change, words = CHANGED[name]
+    packed = small()
+    data = flax.serialization.to_bytes(packed)
+    other = dataclasses.replace(packed["one"]["kernel"], **change)
+    target = packed | {"one": {"kernel": other}}
+    with pytest.raises(ValueError, match=f"{words}.*target"):
+        flax.serialization.from_bytes(target, data)
+
+
+def test_packed_weights_and_others_do_not_take_each_others_place():
+    packed = small()
+    for state in ({"kernel": jnp.ones((5, 7))}, {"kernel": {"bits": 1}}):
+        with pytest.raises(ValueError, match=r"must have.*'stack_axes'.*not packed"):
+            flax.serialization.from_state_dict(packed["one"], state)

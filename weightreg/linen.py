@@ -41,7 +41,7 @@ def _remove_axis(packed: PackedWeight, index: int, params: Any) -> PackedWeight:
         raise ValueError(
             f"{given} are to be scanned or mapped along axis {index}, but have no bits "
             "of their own for each step: pack with dims=wr.trace_network(fn, params, "
-            "x), or unpack them before."
+            "x), and stack= for layers that share an input, or unpack them before."
         )
     raise ValueError(
         f"{given}, stacked along {stack}, are to be scanned or mapped along axis "
@@ -232,9 +232,9 @@ def unpack_layers(
     those of one layer at a time. The result is that of
     ``model.apply({"params": weightreg.unpack(packed)}, x)``.
 
-    Without it ``model.apply({"params": packed}, x)`` gives that result as well, and may
-    hold all layers at a time, since to Flax packed weights are boxes around weights
-    (and ``nn.unbox`` unpacks them).
+    Without it ``model.apply({"params": packed}, x)`` gives that result as well, but may
+    hold all layers at a time: once this module is imported, packed weights are boxes to
+    Flax, which it opens by unpacking them, as ``nn.unbox`` does.
 
     It is for inference, where parameters are read only. Layers of ``nn.scan`` and
     ``nn.vmap`` have to be packed with ``dims``, so that each has bits of its own, and
@@ -265,12 +265,13 @@ def unpack_layers(
       (1, 2)
     """
     own = context.module.variables.get("params", {})
-    packed = [name for name, value in own.items() if _content(value)]
+    found = {name: _packed_in(value) for name, value in own.items()}
+    packed = {name: content for name, content in found.items() if content}
     # The functions that lifted transformations call are not named among the methods.
     if not packed or not hasattr(context.module, context.method_name):
         return next_fun(*args, **kwargs)
-    for name in packed:
-        _check_bits(context.module, name, _content(own[name]))
+    for name, content in packed.items():
+        _check_bits(context.module, name, content)
     if context.method_name == "setup":
         raise ValueError(
             f"{_describe(context.module)} makes packed parameters "
@@ -292,12 +293,14 @@ def unpack_layers(
     return call(context.module)
 
 
-def _content(value: Any) -> PackedWeight | None:
+def _packed_in(value: Any) -> PackedWeight | None:
     """The packed weight that a parameter is, with or without a box around it."""
-    if isinstance(value, nn.meta.AxisMetadata) and not is_packed(value):
-        children = jax.tree.leaves(value, is_leaf=is_packed)
-        value = children[0] if len(children) == 1 else None
-    return value if is_packed(value) else None
+    if isinstance(value, PackedWeight):
+        return value
+    if isinstance(value, nn.meta.AxisMetadata):
+        inside = jax.tree.leaves(value, is_leaf=is_packed)
+        return next((x for x in inside if isinstance(x, PackedWeight)), None)
+    return None
 
 
 def _describe(module: nn.Module) -> str:

@@ -106,7 +106,7 @@ def _from_state(target: PackedWeight, state: Any) -> PackedWeight:
             )
     for name in ("bits", "scale"):
         have, want = (
-            (jnp.shape(x[name]), jnp.result_type(x[name])) for x in (state, expected)
+            (x[name].shape, jnp.dtype(x[name].dtype)) for x in (state, expected)
         )
         if have != want:
             raise ValueError(
