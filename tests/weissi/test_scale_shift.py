@@ -271,8 +271,8 @@ def test_biases_called_b_are_shifted_as_well():
     def net(p, x):
         return jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
 
-    for params, names in ((flat, ["w1", "w2"]), (haiku, ["linear_1", "linear_2"])):
-        for layers in (None, names):
+    for params, named in ((flat, ["w1", "w2"]), (haiku, ["linear_1", "linear_2"])):
+        for layers in (None, named):
             shifted = shift_scales(params, [4.0, 0.25], layers)
             if params is haiku:
                 shifted = {
