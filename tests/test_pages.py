@@ -335,9 +335,9 @@ PLANNED = [planned["plans"] for planned in PLANNED if "plans" in planned]
 def rows(page: str, which: str | None) -> list:
     """Rows of the tables of a page: the text before, the table's head, the cells.
 
-    Tables are of three kinds: ``results``, of which the sentence before says from which
-    file they come; ``settings``, of which every row does; ``costs``, of which rows are
-    named as in the file of costs, or as in those of plans.
+    Tables are of four kinds: ``names``, of leaves; ``results``, of which the sentence
+    before says from which file they come; ``settings``, of which every row does;
+    ``costs``, of which rows are named as in the file of costs, or as in those of plans.
     """
     found = []
     table = r"((?:[^|\n].*\n)*)\n?((?:^\|.*\|\n)+)"
@@ -353,6 +353,8 @@ def rows(page: str, which: str | None) -> list:
             kind = "settings"
         elif head[0] in ("optimizer", "training step", "inference", "program"):
             kind = "costs"
+        elif head[0].startswith("Leaf"):
+            kind = "names"
         if kind == which:
             found += [(before, head, row) for row in body]
     return found
@@ -372,6 +374,16 @@ def _of_kind(kind: str):
 @pytest.mark.parametrize("page", [p for p in MARKDOWN if p.startswith("weightreg/")])
 def test_every_table_of_a_card_is_compared(page):
     assert rows(page, None) == []
+
+
+@_of_kind("names")
+def test_names_that_are_listed_are_no_weights(page):
+    (listed,) = (row[0] for *_, row in rows(page, "names") if "whatever" in row[1])
+    names = re.findall(r"`([^`]+)`", listed)
+    assert len(names) > 10
+    for name in (name.replace("...", "some") for name in names):
+        tree = {"w": jnp.ones((2, 3)), name: jnp.ones((2, 3))}
+        assert wr.weight_mask(tree) == {"w": True, name: False}
 
 
 @_of_kind("results")

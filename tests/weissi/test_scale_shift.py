@@ -750,7 +750,7 @@ SCAN = {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}
             [1.0],
             {"layers": ["a"]},
             ValueError,
-            r"\['a'\]\['gain'\] is beside \['a'\]\['w'\] and neither.*trace_network",
+            r"\['a'\]\['gain'\] is beside \['a'\]\['w'\] and not.*trace_network",
         ),
         (
             {"kernel": jnp.ones((2, 3, 2)), "bias": jnp.ones((2, 3))},

@@ -307,7 +307,7 @@ def test_shifting_scale_changes_nothing(form, shifts, seed):
 
 
 def test_the_cnn_form_is_invariant_between_convolutions_only():
-    kernels = {"a": jnp.ones((3, 3, 1, 4)), "b": jnp.ones((1, 1, 4, 4))}
+    kernels = {"a": jnp.ones((3, 3, 1, 4)), "b": jnp.ones((2, 2, 4, 4))}
     kernels |= {"c": jnp.ones((4, 2)), "d": jnp.ones((2, 2))}
     energy = functools.partial(wr.weight_energy, exponents=wr.cnn_exponents)
     assert wr.cnn_exponents(kernels) == {"a": 2, "b": 2, "c": 1, "d": 1}

@@ -6,12 +6,14 @@ the layers, or trace the network, and only this file reads the names.
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import SequenceKey
 
 from weightreg._core._arguments import (
     KeyPath,
@@ -86,6 +88,8 @@ def chain_of(
         biases = _traced_biases(chosen, paths)
     used = [layer.index for layer in chosen] + [i for i in biases if i is not None]
     if layers is None and net is None:
+        if not ordered and any(i is not None for i in biases):
+            _check_numbered(chosen, paths)
         if ordered or any(i is not None for i in biases):
             _check_order(chosen)
         _check_complete(paths, used)
@@ -194,6 +198,21 @@ def _check_belongs(
         )
 
 
+def _check_numbered(layers: _Layers, paths: _Paths) -> None:
+    """Refuses names without numbers, whose order need not be that of the calls."""
+    for layer, following in itertools.pairwise(layers):
+        both = own_path(paths[layer.index][0]), own_path(paths[following.index][0])
+        one, other = next((a, b) for a, b in zip(*both, strict=False) if a != b)
+        names = [re.sub(r"\d+", "0", str(key)) for key in (one, other)]
+        if names[0] != names[1] and not isinstance(one, SequenceKey):
+            raise ValueError(
+                f"layers must say in which order the network calls {layer.path} and "
+                f"{following.path}, which have no numbers: name them in order, as "
+                "layers=['first', 'second'], or trace the network, "
+                "layers=weightreg.trace_network(fn, params, x)."
+            )
+
+
 def _check_order(layers: _Layers) -> None:
     """Refuses an order in which the units of a layer are not the inputs of the next."""
     for layer, following in itertools.pairwise(layers):
@@ -222,6 +241,7 @@ def _check_stack(layer: WeightLayer) -> None:
 def _biases(layers: _Layers, weights: _Layers, paths: _Paths) -> tuple[int | None, ...]:
     """Checks every layer's bias, and gives its position among the leaves."""
     beside = Beside([path for path, _ in paths])
+    parent = lambda index: own_path(paths[index][0])[:-1]  # noqa: E731
     floating = {i for i, (_, leaf) in enumerate(paths) if _is_inexact(leaf)}
     known = {layer.index for layer in (*layers, *weights)}
     found: list[int | None] = []
@@ -237,13 +257,17 @@ def _biases(layers: _Layers, weights: _Layers, paths: _Paths) -> tuple[int | Non
         for index in biases:
             _check_bias(layer, leaf_path(paths[index][0]), jnp.shape(paths[index][1]))
         found.append(biases[0] if biases else None)
-    understood = known | {i for x in known for i in beside.biases(x)}
+    chosen = {layer.index for layer in layers}
+    understood = chosen | {i for x in known for i in beside.biases(x)}
     for layer in layers:
+        alike = known - chosen - set(beside.others(layer.index))
+        alike = {i for i in alike if parent(i) == parent(layer.index)}
+        strange = known & set(beside.others(layer.index))
         for index in beside.all(layer.index):
-            if index in floating - understood:
+            if index in strange or index in floating - understood - alike:
                 raise ValueError(
-                    f"{leaf_path(paths[index][0])} is beside {layer.path} and neither "
-                    "a weight nor a bias of one, called bias or b: what it does to "
+                    f"{leaf_path(paths[index][0])} is beside {layer.path} and not "
+                    "its bias, called bias or b: what it does to "
                     "the network's function is not known. Trace the network: "
                     "layers=weightreg.trace_network(fn, params, x)."
                 )

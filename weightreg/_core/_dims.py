@@ -66,7 +66,7 @@ def numbers_of(params: Any, dims: Dims) -> list[MuonDimensionNumbers | None]:
       TypeError: ``dims`` holds something else.
     """
     is_dims = lambda node: isinstance(node, MuonDimensionNumbers)  # noqa: E731
-    tree = dims(params) if is_function(dims) else dims
+    tree: Any = dims(params) if callable(dims) and is_function(dims) else dims
     found = match("dims", tree, params, is_leaf=is_dims)
     for entry in found:
         if entry is not None and not is_dims(entry):

@@ -15,19 +15,18 @@ BIASES = frozenset({"b", "bias"})
 SHIFTS = BIASES | {
     "alpha",  # PReLU's, in Keras
     "beta",
+    "cls",
     "convex_logits",  # ConvexSum's, here
     "gamma",
     "layer_scale",
     "negative_slope",
     "offset",
-    "pos_embed",
-    "pos_embedding",
-    "position_embedding",
-    "positional_embedding",
     "scale",
-    "token",
 }
-SHIFT_LIKE = re.compile(r".*_(bias|scale|offset|gamma|beta|tokens?)|bias_.*")
+SHIFT_LIKE = re.compile(
+    r".*_(bias|scale|offset|gamma|beta)|bias_.*|weight_g|pos(ition(al)?)?_emb.*"
+    r"|(cls|class|mask|dist|distillation|register)_tokens?"
+)
 
 # These are weights, however many of their axes have size 1.
 WEIGHTS = frozenset({"embedding", "embeddings", "kernel", "lora_a", "lora_b", "w"})
@@ -39,7 +38,7 @@ UNITS_FIRST = re.compile(r"(.*_)?weight(_.*)?")
 # Kernels of depthwise layers have groups, of which the tree does not tell, and those of
 # an einsum have any axes at all.
 UNKNOWN = re.compile(r"depthwise.*")
-UNKNOWN_MODULES = re.compile(r"einsum.*")
+UNKNOWN_MODULES = re.compile(r".*einsum.*|.*depthwise.*|conv_?local")
 
 # Some libraries store these kernels (window, units, inputs), and some do not.
 TRANSPOSED_MODULES = re.compile(r"conv.*transpose.*|deconv.*")
@@ -51,12 +50,9 @@ REVERSED: dict[Order, Order] = {
     "transposed": "units last",
 }
 
-Kind: TypeAlias = Literal[
-    "any", "dense", "convolution", "general", "attention", "merging"
-]
+Kind: TypeAlias = Literal["any", "convolution", "general", "attention", "merging"]
 MODULES: dict[Kind, re.Pattern[str]] = {
-    "dense": re.compile(r"dense|linear"),
-    "convolution": re.compile(r"conv.*"),
+    "convolution": re.compile(r"conv_?\d?_?d?(_?transpose)?"),
     "general": re.compile(r"dense_?general"),
     "attention": re.compile(r"query|key|value"),
     "merging": re.compile(r"out|attention_output"),  # heads, beside those three

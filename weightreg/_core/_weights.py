@@ -6,6 +6,7 @@ itself.
 
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, GetAttrKey
 from optax.contrib import MuonDimensionNumbers
 
 from weightreg._core._arguments import (
@@ -377,7 +378,7 @@ def _axes_of(layer: WeightLayer) -> str:
 def _reasons(params: Any, mask: Mask, dims: Dims) -> list[str]:
     """Says of each leaf why it is a weight, or is none."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    tree = _Tree(leaves)
+    tree = _Tree(leaves, norms=_norms(params))
     reasons = []
     options = _options(params, mask, dims)
     for index, ((path, _), own) in enumerate(zip(leaves, options, strict=True)):
@@ -409,7 +410,7 @@ def mask_leaves(params: Any, mask: Mask, dims: Dims) -> list[bool]:
     _refuse_packed(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if mask is None and dims is None:
-        tree = _Tree(leaves)
+        tree = _Tree(leaves, norms=_norms(params))
         return [tree.is_weight(index) for index in range(len(leaves))]
     if mask is None and isinstance(dims, Network):
         flags = [layer is not None for layer in traced_layers(dims, params)]
@@ -438,10 +439,14 @@ def stack_axes(
     Raises:
       ValueError: They have to be ``known``, and the tree leaves open which they are.
     """
-    need: Need = lambda layer: known and layer.stack_axes  # noqa: E731
-    options = _options(params, mask, dims)
-    vague = lambda own: own is None or (not known and len(own.layers) != 1)  # noqa: E731
-    return [() if vague(x) else _agreed(caller, x, need).stack_axes for x in options]
+    need = operator.attrgetter("stack_axes")
+    found = []
+    for own in _options(params, mask, dims):
+        if own is not None and (known or len(own.layers) == 1):
+            found.append(_agreed(caller, own, need).stack_axes)
+        else:
+            found.append(())
+    return found
 
 
 def filter_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
@@ -494,6 +499,8 @@ def check_whole(caller: str, params: Any, mask: Mask, dims: Dims, around: str) -
     rules: tuple[Any, Any] = mask, dims
     said = [rule(params) if is_function(rule) else rule for rule in rules]
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=stop)
+    if isinstance(dims, Network) and mask is None:
+        _check_all_there(caller, nodes, dims, around)
     tree = _Tree(nodes)
     for index, (path, hole) in enumerate(nodes):
         called = tree.called(index)
@@ -505,6 +512,21 @@ def check_whole(caller: str, params: Any, mask: Mask, dims: Dims, around: str) -
                 "the hole is no weight, or the other layers alone are meant, say so "
                 "with mask=, a tree of booleans (or a function that makes one) that is "
                 "False at the hole."
+            )
+
+
+def _check_all_there(
+    caller: str, nodes: list[tuple[KeyPath, Any]], net: Network, around: str
+) -> None:
+    """Refuses a tree that lacks some of a traced network's weights, holes or not."""
+    there = {leaf_path(path) for path, _ in nodes}
+    holes = [leaf_path(path) for path, node in nodes if is_hole(node)]
+    for layer in net.layers:
+        if layer.path not in there and not layer.path.startswith(tuple(holes)):
+            raise ValueError(
+                f"{caller} needs all layers, but params lack {layer.path}, a weight of "
+                f"the traced network. {around} If the other layers alone are meant, "
+                "say so with mask=, as mask=weightreg.weight_mask(params)."
             )
 
 
@@ -560,8 +582,13 @@ def _refuse_packed(params: Any) -> None:
 
 
 def _is_floating(leaf: Any) -> bool:
-    is_number = isinstance(leaf, float) or hasattr(leaf, "dtype")
-    return is_number and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    dtype = getattr(leaf, "dtype", None)
+    return isinstance(leaf, float) if dtype is None else _is_float(dtype)
+
+
+def _is_float(dtype: Any) -> bool:
+    """Whether a dtype, which NumPy may have for strings, is one of real floats."""
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def _describe(leaf: Any) -> str:
@@ -578,6 +605,7 @@ class _Leaf(NamedTuple):
       module: The names above it.
       name: Its own name, in lower case, without a number at its end.
       number: That number, as text.
+      attribute: Whether it is the attribute of a module.
     """
 
     path: str
@@ -585,13 +613,15 @@ class _Leaf(NamedTuple):
     module: tuple[str, ...]
     name: str
     number: str
+    attribute: bool
 
     @classmethod
     def of(cls, path: KeyPath, value: Any) -> "_Leaf":
         """Takes a key path apart."""
         *module, last = _words(path) or ("",)
         name, number = _stem(last)
-        return cls(leaf_path(path), value, tuple(module), name, number)
+        attribute = any(isinstance(key, GetAttrKey) for key in own_path(path)[-1:])
+        return cls(leaf_path(path), value, tuple(module), name, number, attribute)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -605,24 +635,62 @@ class Beside:
         self._leaves = [_Leaf.of(path, None) for path in paths]
 
     def all(self, weight: int) -> list[int]:
-        """The positions of all leaves in the module of a weight, which is one, too."""
-        own = self._leaves[weight].module
-        return [i for i, leaf in enumerate(self._leaves) if leaf.module == own]
+        """The positions of all leaves that may belong to a weight, which is one, too.
+
+        They are those in its module and below, and what weight normalization keeps: a
+        ``g`` above, or a scale that is called after the weight's path.
+        """
+        own = self._leaves[weight]
+        depth = len(own.module)
+        found = []
+        for index, leaf in enumerate(self._leaves):
+            below = depth and leaf.module[:depth] == own.module
+            above = depth and leaf.name == "g" and leaf.module == own.module[:-1]
+            called = depth and leaf.module[-2:] == (own.module[-1], own.name)
+            if leaf.module == own.module or below or above or called:
+                found.append(index)
+        return found
+
+    def others(self, weight: int) -> list[int]:
+        """The positions of leaves of another name in the module of a weight.
+
+        There are none for an anonymous weight, beside which layers may have any names.
+        """
+        own = self._leaves[weight]
+        if not _is_named_weight(own.name):
+            return []
+        beside = ((i, x) for i, x in enumerate(self._leaves) if x.module == own.module)
+        return [index for index, leaf in beside if leaf.name != own.name]
 
     def biases(self, weight: int) -> list[int]:
         """The positions of those that are called a bias, with the weight's number."""
         number = self._leaves[weight].number
-        beside = ((i, self._leaves[i]) for i in self.all(weight))
+        module = self._leaves[weight].module
+        beside = ((i, x) for i, x in enumerate(self._leaves) if x.module == module)
         return [i for i, x in beside if x.name in BIASES and x.number == number]
+
+
+def _norms(params: Any) -> list[KeyPath]:
+    """The paths of Equinox's normalizations, as far as the tree has their classes."""
+    is_norm = lambda node: type(node).__name__ in _NORMALIZATIONS  # noqa: E731
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_norm)
+    return [path for path, node in nodes if is_norm(node)]
 
 
 class _Tree:
     """What names and ranks tell of the leaves of a tree, which are few of all cases."""
 
     def __init__(
-        self, leaves: Iterable[tuple[KeyPath, Any]], weights: Iterable[int] = ()
+        self,
+        leaves: Iterable[tuple[KeyPath, Any]],
+        weights: Iterable[int] = (),
+        norms: Iterable[KeyPath] = (),
     ):
-        """Takes leaves with paths apart, of which some are known to be ``weights``."""
+        """Takes leaves with paths apart.
+
+        Some are known to be ``weights``, and the modules at ``norms`` have none.
+        """
+        self._norms = {tuple(_words(path)) for path in norms}
         self._leaves = [_Leaf.of(path, leaf) for path, leaf in leaves]
         self._weights = {self._leaves[index].path for index in weights}
         self._beside: dict[Any, list[_Leaf]] = {}
@@ -643,10 +711,7 @@ class _Tree:
             return False
         leaf = self._leaves[index]
         named = _is_named_weight(leaf.name)
-        # With two axes behind those of size 1 it is a convolution of one place.
-        pointwise = len(leaf.shape) > 3 and set(leaf.shape[:-2]) == {1}
         first = not named and len(leaf.shape) > 2 and leaf.shape[0] == 1
-        first = first and not pointwise
         if first or self._may_be_scale(leaf):
             what = "its first axis has size 1" if first else "it may be a stack of them"
             raise ValueError(
@@ -673,9 +738,10 @@ class _Tree:
             return f"called {leaf.name + leaf.number!r}"
         if len(leaf.shape) < 2:
             return f"of shape {leaf.shape}, where a weight has two or more axes"
+        if leaf.module in self._norms:
+            return "in a normalization, hence a scale"
         bias = self._bias_of(leaf)
-        scale = bias is not None and UNITS_FIRST.fullmatch(leaf.name)
-        if scale and bias.shape == leaf.shape:
+        if bias is not None and bias.shape == leaf.shape and _is_units_first(leaf):
             return f"of the shape of {bias.path}, hence a scale"
         return None
 
@@ -683,15 +749,19 @@ class _Tree:
         """What the axes of a weight may be, and how that is known."""
         leaf = self._leaves[index]
         bias = self._bias_of(leaf)
-        if bias is not None:
-            source = f"its name and the shape of {bias.path}"
-            return self._fitting(leaf, bias), source
+        if bias is not None and (fitting := self._fitting(leaf, bias)):
+            return fitting, f"its name and the shape of {bias.path}"
         usual = self._usual(leaf)
         reverse = self._usual(leaf, reverse=True)
-        plain = len(leaf.shape) > 3 and self._kind(leaf) in ("any", "convolution")
+        if not usual:
+            return (), "its name"
+        kind = self._kind(leaf)
+        window = {n for a, n in enumerate(leaf.shape) if a in usual[0].inputs[:-1]}
+        plain = kind == "convolution" or (kind == "any" and len(window) == 1)
+        plain &= len(leaf.shape) > 3 and bias is None
         if plain and not self._may_be_stacked(leaf):
             usual, reverse = usual[:1], reverse[:1]
-        either = UNITS_FIRST.fullmatch(leaf.name) and len(leaf.shape) == 2
+        either = _is_units_first(leaf) and len(leaf.shape) == 2
         if either or self._may_be_turned(leaf):
             usual += reverse
         return usual, "its name"
@@ -703,6 +773,8 @@ class _Tree:
         beside = self._beside[leaf.module]
         if leaf.name == "b":  # Haiku's name, and one that anything may have
             named = any(_is_named_weight(x.name) for x in beside)
+            if any(x.name == "a" and x.number == leaf.number for x in beside):
+                return False  # but a factor of a product of two
             return named or _module(leaf) == "bias"
         if leaf.name == "g":  # Equinox's weight normalization
             return sum(n != 1 for n in leaf.shape) <= 1
@@ -722,7 +794,7 @@ class _Tree:
         beside = self._modules[leaf.module[:-1]]
         name = _module(leaf)
         for kind, names in MODULES.items():
-            alone = kind in ("dense", "convolution")
+            alone = kind in ("convolution", "general")
             if names.fullmatch(name) and (alone or beside >= {"query", "key", "value"}):
                 return kind
         return "any"
@@ -731,8 +803,7 @@ class _Tree:
         """The readings for a leaf's name and rank, or for its axes turned round."""
         if UNKNOWN.fullmatch(leaf.name) or UNKNOWN_MODULES.fullmatch(_module(leaf)):
             return ()
-        first = UNITS_FIRST.fullmatch(leaf.name)
-        order: Order = "units first" if first else "units last"
+        order: Order = "units first" if _is_units_first(leaf) else "units last"
         order = REVERSED[order] if reverse else order
         return READINGS.get((len(leaf.shape), order, self._kind(leaf)), ())
 
@@ -747,16 +818,14 @@ class _Tree:
 
     def _both_ways(self, leaf: _Leaf, bias: _Leaf):
         """The readings that fit, of the usual and of the reversed order of axes."""
-        both = self._usual(leaf), self._usual(leaf, reverse=True)
-        # Equinox keeps a convolution's bias as (units, 1, 1), and Haiku some.
-        for cut in (tuple, _without_last_ones):
-            found = [
-                tuple(r for r in some if cut(_bias_shape(r, leaf)) == cut(bias.shape))
-                for some in both
-            ]
-            if any(found):
-                return found
-        return (), ()
+        usual, reverse = self._usual(leaf), self._usual(leaf, reverse=True)
+        for single in (r for r in usual[:1] + reverse[:1] if r.convolves):
+            if bias.shape == _bias_shapes(single, leaf)[1]:
+                return (single,), ()
+        return [
+            tuple(r for r in readings if bias.shape in _bias_shapes(r, leaf))
+            for readings in (usual, reverse)
+        ]
 
     def _may_be_turned(self, leaf: _Leaf) -> bool:
         """Whether the axes of a weight may be in the reversed order as well."""
@@ -784,10 +853,11 @@ class _Tree:
     def _may_be_scale(self, leaf: _Leaf) -> bool:
         """Whether a matrix may be the scales of stacked layers.
 
-        Equinox calls scales ``weight``, too. A stack of them goes with one of weights.
+        Equinox calls scales ``weight``, too, of which its classes tell only where the
+        tree is one of modules. A stack of them goes with one of weights.
         """
-        called = UNITS_FIRST.fullmatch(leaf.name) is not None
-        if not called or len(leaf.shape) != 2 or self._bias_of(leaf) is not None:
+        alone = _is_units_first(leaf) and self._bias_of(leaf) is None
+        if not alone or len(leaf.shape) != 2 or leaf.attribute:
             return False
         stacks = [x for x in self._leaves if x.name == leaf.name and len(x.shape) > 2]
         return self._may_be_stacked(leaf) or any(
@@ -795,19 +865,23 @@ class _Tree:
         )
 
 
+def _is_units_first(leaf: _Leaf) -> bool:
+    """Whether a leaf has a name of libraries that store (units, inputs)."""
+    return UNITS_FIRST.fullmatch(leaf.name) is not None
+
+
 def _module(leaf: _Leaf) -> str:
     """The name of the module that a leaf is in, without a number at its end."""
     return _stem(leaf.module[-1])[0] if leaf.module else ""
 
 
-def _bias_shape(reading: Reading, leaf: _Leaf) -> tuple[int, ...]:
-    """The shape that the bias of a leaf has by a reading."""
-    return tuple(leaf.shape[a] for a in reading.bias)
+def _bias_shapes(reading: Reading, leaf: _Leaf) -> list[tuple[int, ...]]:
+    """The shapes that the bias of a leaf may have by a reading.
 
-
-def _without_last_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without axes of size 1 at its end."""
-    return shape[: max((a + 1 for a, n in enumerate(shape) if n != 1), default=0)]
+    Equinox keeps that of a convolution as (units, 1, 1), and so does Haiku for some.
+    """
+    plain = tuple(leaf.shape[a] for a in reading.bias)
+    return [plain, plain + (1,) * (reading.convolves * (len(reading.inputs) - 1))]
 
 
 def _words(path: KeyPath) -> list[str]:
@@ -816,7 +890,7 @@ def _words(path: KeyPath) -> list[str]:
     for key in own_path(path):
         name = next((getattr(key, a) for a in _KEYS if hasattr(key, a)), key)
         names += name if isinstance(name, tuple) else [name]
-    return [word for name in names for word in re.split(r"[/.]", str(name))]
+    return [word for name in names for word in re.split(r"[/.|]", str(name))]
 
 
 _KEYS = ("key", "name", "idx")

@@ -56,8 +56,9 @@ def shift_scales(
         ``"Dense_0/kernel"``) or that of its module (``"Dense_0"``). They must be a
         stretch of the chain without gaps. All leaves but their weights and the ``bias``
         beside each stay as they are. ``None`` means all weights in the order of
-        `weight_layers`, which goes by names (``Dense_2`` before ``Dense_10``, but also
-        ``hidden`` before ``input``). Other floating leaves are then an error. A
+        `weight_layers`, which goes by the numbers in names (``Dense_2`` before
+        ``Dense_10``). Names without numbers are an error where there are biases, and so
+        are other floating leaves. A
         `Network` that `trace_network` has read stands for all its layers, in order.
         With it, here or for ``dims``, what lies between the layers is checked.
       mask: Which leaves count, as booleans or a function: see `weight_mask`.
