@@ -636,7 +636,8 @@ def test_stacks_run_from_bits_if_they_were_packed_layer_by_layer(lift):
     x = jnp.asarray(RNG.normal(size=(3, 8)), jnp.float32)
     for model in (Stacked(lift), around(Stacked(lift), x)):
         params = quick.jit(model.init)(KEY, x)["params"]
-        whole = wr.pack(params, 0.3, "ternary")
+        whole = jax.tree.map(lambda w: Dims((0, 1), 2) if w.ndim == 3 else None, params)
+        whole = wr.pack(params, 0.3, "ternary", dims=whole)
         refused = r"ternary weights.* of shape \(3, 8, 8\).*axis 0.*dims="
         with pytest.raises(ValueError, match=refused):
             from_bits(model, {"params": whole}, x)
@@ -644,6 +645,11 @@ def test_stacks_run_from_bits_if_they_were_packed_layer_by_layer(lift):
         got = jax.jit(lambda p, model=model: from_bits(model, {"params": p}, x))(packed)
         expected = model.apply({"params": wr.unpack(packed)}, x)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        by_bias = wr.pack(params, 0.3, "ternary")  # whose shape tells of the stack
+        assert (
+            jax.tree.structure(by_bias) == jax.tree.structure(packed) or lift == "vmap"
+        )
+        from_bits(model, {"params": by_bias}, x)
 
 
 @pytest.mark.parametrize("axis", [1, -1])

@@ -108,13 +108,13 @@ def test_what_needs_no_arithmetic_works(dtype, tmp_path):
     traced = weightreg.nnx.trace_network(of_nnx(wide), X)
     assert traced.roles == network.roles
     # As a leaf that is left out, also in a file.
-    rest = {"other": params["kernel"]}
-    mask = {"kernel": True, "bias": False, "other": False}
+    rest = {"scale": params["kernel"]}
+    mask = {"kernel": True, "bias": False, "scale": False}
     packed = wr.pack(wide | rest, 0.5, "binary", mask=mask)
     wr.save_packed(packed, tmp_path / "packed.safetensors")
     loaded = wr.load_packed(tmp_path / "packed.safetensors")
-    assert loaded["other"].dtype == dtype
-    np.testing.assert_array_equal(loaded["other"], params["kernel"])
+    assert loaded["scale"].dtype == dtype
+    np.testing.assert_array_equal(loaded["scale"], params["kernel"])
     for make in TRANSFORMATIONS.values():
         kept = optax.masked(make(), mask)
         kept.init(wide | rest)

@@ -182,7 +182,7 @@ def test_one_leaf_that_is_turned_round_makes_the_square_ones_open():
 
 
 def test_convolutions_beside_stacked_scales_are_open():
-    kernel = {"query": {"kernel": jnp.ones((3, 8, 2, 4))}}
+    kernel = {"query": {"kernel": jnp.ones((3, 3, 2, 4))}}
     assert wr.weight_layers(kernel)[0].convolves
     with pytest.raises(ValueError, match=r"a window; or .*layers 0, inputs 1"):
         wr.weight_layers({**kernel, "norm": {"scale": jnp.ones((3, 8))}})

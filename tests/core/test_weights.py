@@ -236,7 +236,7 @@ def test_fans_are_those_of_jax_initializers(name):
 
 def test_roles_of_axes_and_windows():
     rows = {
-        "conv": (None, (0, 1, 2), (3,), (), 6, (3, 2, 5, 7)),
+        "conv": (None, (0, 1, 2), (3,), (), 9, (3, 3, 5, 7)),
         "query": (Dims(0, (1, 2)), (0,), (1, 2), (), 1, (5, 2, 3)),
         "out": (Dims((-3, -2), -1), (0, 1), (2,), (), 1, (2, 3, 5)),
         "scanned": (Dims((2,), (1,)), (2,), (1,), (0, 3), 1, (4, 5, 6, 2)),

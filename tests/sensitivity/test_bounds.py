@@ -281,7 +281,7 @@ def test_bounds_can_be_penalties(norm):
         ({"a": jnp.ones((2, 2))}, {"layers": ["b"]}, ValueError, "'b'.*none of"),
         ({"a": jnp.ones((2, 2))}, {"layers": "a"}, TypeError, "sequence"),
         (
-            {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))},
+            {"kernel": jnp.ones((3, 2, 2))},
             {},
             ValueError,
             "dims=",

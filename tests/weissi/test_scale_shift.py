@@ -121,11 +121,12 @@ def randomize(params, dtype, seed=0):
 
 
 # Shape of the inputs, parameters and function, layers of every leaf, and how to say so.
+CNN = {"layers": ["conv", "dense"]}
 NETWORKS = {
     "linen_mlp": ((7, 6), lambda d: linen(Mlp(), (7, 6), d), [1] * 12, {}),
     "linen_cnn": ((7, 6, 6, 2), lambda d: linen(Cnn(), (7, 6, 6, 2), d), [1] * 4, {}),
     "nnx_mlp": ((7, 6), lambda d: of_nnx(NnxMlp, d), [1] * 12, {}),
-    "nnx_cnn": ((7, 6, 6, 2), lambda d: of_nnx(NnxCnn, d), [1] * 2, {}),
+    "nnx_cnn": ((7, 6, 6, 2), lambda d: of_nnx(NnxCnn, d), [1] * 2, CNN),
     "scanned": (
         (7, 6),
         lambda d: linen(Scanned(), (7, 6), d),
@@ -237,11 +238,13 @@ def test_every_way_to_name_layers():
         },
         "head": {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)},
     }
-    expected = shift_scales(params, [2.0, 4.0, 0.125])
+    with pytest.raises(ValueError, match="which have no numbers: name them in order"):
+        shift_scales(params, [2.0, 4.0, 0.125])
+    names = ["encoder/Dense_0", "encoder/Dense_1", "head"]
+    expected = shift_scales(params, [2.0, 4.0, 0.125], names)
     first, second, third = weight_layers(params)
     for layers in (
         [first, second, third],
-        ["encoder/Dense_0", "encoder/Dense_1", "head"],
         ("encoder/Dense_0/kernel", second, "head/kernel"),
         ["['encoder']['Dense_0']['kernel']", second.path, third.path],
     ):

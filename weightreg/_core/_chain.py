@@ -203,14 +203,20 @@ def _check_numbered(layers: _Layers, paths: _Paths) -> None:
     for layer, following in itertools.pairwise(layers):
         both = own_path(paths[layer.index][0]), own_path(paths[following.index][0])
         one, other = next((a, b) for a, b in zip(*both, strict=False) if a != b)
-        names = [re.sub(r"\d+", "0", str(key)) for key in (one, other)]
-        if names[0] != names[1] and not isinstance(one, SequenceKey):
+        if _without_numbers(one) != _without_numbers(other) and not isinstance(
+            one, SequenceKey
+        ):
             raise ValueError(
                 f"layers must say in which order the network calls {layer.path} and "
                 f"{following.path}, which have no numbers: name them in order, as "
                 "layers=['first', 'second'], or trace the network, "
                 "layers=weightreg.trace_network(fn, params, x)."
             )
+
+
+def _without_numbers(key: Any) -> str:
+    """A key whose numbers, and letters that stand alone, are all the same."""
+    return re.sub(r"\d+|(?<![^\W_])[A-Za-z](?![^\W_])", "0", str(key))
 
 
 def _check_order(layers: _Layers) -> None:
