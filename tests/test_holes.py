@@ -213,3 +213,16 @@ def test_equinox_modules(call):
 def test_nothing_is_refused_where_there_are_no_weights(call):
     for params in (HOLE, {"a": HOLE, "b": None}, {"kernel": HOLE, "b": jnp.ones(3)}):
         call(params)
+
+
+def test_a_tree_that_lacks_weights_of_its_network_is_refused():
+    """As ``nnx.state(model, filter)`` makes it, which leaves no holes."""
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
+    net = wr.trace_network(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 2)))
+    part = {"b": params["b"]}
+    for method in (wr.weissi(1.0, 0.0, dims=net), wr.lipschitz_volume(dims=net)):
+        with pytest.raises(ValueError, match=r"lack \['a'\], a weight of the traced"):
+            method(part)
+        assert method(params) is not None
+    assert float(wr.weissi(1.0, 0.0, dims=net, mask=True)(part)) == pytest.approx(6)
+    assert float(wr.weissi(0.0, 1.0, dims=net)(part)) == pytest.approx(6**0.5)

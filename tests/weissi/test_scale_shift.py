@@ -263,6 +263,22 @@ def test_every_way_to_name_layers():
     )
 
 
+def test_what_belongs_to_a_weight_and_is_no_bias_is_refused():
+    """Factors of LoRA, beside a kernel or below it, and scales of weight norms."""
+    ones = jnp.ones
+    low = {"lora_a": ones((3, 2)), "lora_b": ones((2, 4))}
+    last = {"kernel": ones((4, 2))}
+    normed = nn.Sequential([nn.WeightNorm(nn.Dense(4)), nn.relu, nn.Dense(2)])
+    params = normed.init(jax.random.key(0), ones((1, 3)))["params"]
+    for tree, names in (
+        ({"l0": {"kernel": ones((3, 4)), **low}, "l1": last}, ["l0/kernel", "l1"]),
+        ({"l0": {"kernel": ones((3, 4)), "lora": low}, "l1": last}, ["l0", "l1"]),
+        (params, ["layers_0/layer_instance", "layers_2"]),
+    ):
+        with pytest.raises(ValueError, match=r"\(?.* is beside .* and not its bias"):
+            balance_scales(tree, names)
+
+
 def test_biases_called_b_are_shifted_as_well():
     """Haiku calls them so, and writers of plain functions, with a number."""
     rng = np.random.default_rng(0)

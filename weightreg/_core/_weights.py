@@ -660,7 +660,8 @@ class Beside:
         if not _is_named_weight(own.name):
             return []
         beside = ((i, x) for i, x in enumerate(self._leaves) if x.module == own.module)
-        return [index for index, leaf in beside if leaf.name != own.name]
+        names = BIASES | {own.name}  # A mask may call a bias a weight.
+        return [index for index, leaf in beside if leaf.name not in names]
 
     def biases(self, weight: int) -> list[int]:
         """The positions of those that are called a bias, with the weight's number."""
