@@ -76,8 +76,9 @@ def shift_scales(
         of their logarithms, to float32; a name in ``layers`` does not stand for one
         weight, or a layer is there twice; axes that stack layers are not the leading
         ones; a bias does not have its layer's units; ``layers`` is ``None``, and there
-        are other floating leaves, or there are biases and the layers do not fit
-        together in that order; the traced network is no chain, is not positively
+        are other floating leaves, or there are biases and the layers have no numbers
+        or do not fit together in that order; a leaf that is no bias belongs to a layer,
+        as LoRA's factors and the scales of weight normalization do; the traced network is no chain, is not positively
         homogeneous between layers, or calls one several times; or ``mask`` or ``dims``
         does not match the parameters.
       TypeError: ``factors`` or ``layers`` is of another type.
@@ -145,8 +146,9 @@ def balance_scales(
       ValueError: A name in ``layers`` does not stand for one weight, or a layer is
         there twice; axes that stack layers are not the leading ones; a bias does not
         have its layer's units; ``layers`` is ``None``, and there are other floating
-        leaves, or there are biases and the layers do not fit together in the order of
-        their names; the traced network is no chain, is not positively homogeneous
+        leaves, or there are biases and the layers have no numbers in their names or do
+        not fit together in that order; a leaf that is no bias belongs to a layer; the
+        traced network is no chain, is not positively homogeneous
         between layers, or calls one several times; or ``mask`` or ``dims`` does not
         match the parameters.
       TypeError: ``layers`` is of another type.
