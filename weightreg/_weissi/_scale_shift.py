@@ -78,9 +78,9 @@ def shift_scales(
         ones; a bias does not have its layer's units; ``layers`` is ``None``, and there
         are other floating leaves, or there are biases and the layers have no numbers
         or do not fit together in that order; a leaf that is no bias belongs to a layer,
-        as LoRA's factors and the scales of weight normalization do; the traced network is no chain, is not positively
-        homogeneous between layers, or calls one several times; or ``mask`` or ``dims``
-        does not match the parameters.
+        as LoRA's factors and the scales of weight normalization do; the traced network
+        is no chain, is not positively homogeneous between layers, or calls one several
+        times; or ``mask`` or ``dims`` does not match the parameters.
       TypeError: ``factors`` or ``layers`` is of another type.
 
     References:
