@@ -16,7 +16,6 @@ OTHERWISE = {
     "Embed: attend": "embeddings are read as looked up",
     "Embed: tied": "embeddings are read as looked up",
     "Embed that is tied": "embeddings are read as looked up",
-    "RMSNorm without a bias": "scales of two axes are called weight in Equinox",
     "RNN: learnt carry": "an anonymous matrix is read as (inputs, units)",
     "vmap ensemble, members last": "read as attention by the bias",
 }

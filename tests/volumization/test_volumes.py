@@ -44,7 +44,7 @@ def kernels(volume, **kwargs):
 # Shape, in and out axes, dims, and (fan_in, fan_out) counted by hand.
 KERNELS = {
     "dense": ((8, 6), -2, -1, None, (8, 6)),
-    "conv": ((3, 5, 4, 6), -2, -1, None, (60, 90)),
+    "conv": ((3, 3, 4, 6), -2, -1, None, (36, 54)),
     "query": ((8, 2, 3), 0, (1, 2), Dims(0, (1, 2)), (8, 6)),
 }
 

@@ -231,7 +231,7 @@ def test_mask_and_dims_choose_and_describe_the_leaves():
     assert np.all(got["a"] != 0) and not np.any(got["c"])
 
 
-@pytest.mark.parametrize("shape", [(500, 3), (3, 500), (5, 5, 20, 3), (3, 1, 1, 500)])
+@pytest.mark.parametrize("shape", [(500, 3), (3, 500), (5, 5, 20, 3), (2, 2, 125, 3)])
 def test_the_gram_matrix_is_the_smaller_one_in_full_precision(shape):
     p, tx = jnp.zeros(shape), parseval(0.1)
     jaxpr = jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(p)

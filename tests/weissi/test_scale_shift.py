@@ -505,9 +505,9 @@ def test_a_thousand_layers_of_one_scan_can_be_differentiated():
 
 def test_a_layer_of_zeros():
     params = {
-        "a": {"kernel": jnp.array([[1.7, 2.3]]), "bias": jnp.array([0.1, 0.3])},
-        "b": {"kernel": jnp.zeros((2, 1)), "bias": jnp.array([0.7])},
-        **{f"c{i}": {"kernel": jnp.array([[1e9 + i]])} for i in range(4)},
+        "a1": {"kernel": jnp.array([[1.7, 2.3]]), "bias": jnp.array([0.1, 0.3])},
+        "a2": {"kernel": jnp.zeros((2, 1)), "bias": jnp.array([0.7])},
+        **{f"a{3 + i}": {"kernel": jnp.array([[1e9 + i]])} for i in range(4)},
     }
     for fn in (balance_scales, quick.jit(balance_scales)):
         jax.tree.map(np.testing.assert_array_equal, fn(params), params)

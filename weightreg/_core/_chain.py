@@ -250,11 +250,16 @@ def _biases(layers: _Layers, weights: _Layers, paths: _Paths) -> tuple[int | Non
     parent = lambda index: own_path(paths[index][0])[:-1]  # noqa: E731
     floating = {i for i, (_, leaf) in enumerate(paths) if _is_inexact(leaf)}
     known = {layer.index for layer in (*layers, *weights)}
+    free = floating - known
+    chosen = {layer.index for layer in layers}
+    owners: dict[int, list[int]] = {}
+    for weight in known:
+        for index in beside.biases(weight):
+            owners.setdefault(index, []).append(weight)
     found: list[int | None] = []
     for layer in layers:
-        biases = [i for i in beside.biases(layer.index) if i in floating - known]
-        sharing = [x for x in known if biases and biases[0] in beside.biases(x)]
-        if len(biases) > 1 or len(sharing) > 1:
+        biases = [i for i in beside.biases(layer.index) if i in free]
+        if len(biases) > 1 or any(len(owners[index]) > 1 for index in biases):
             raise ValueError(
                 f"{leaf_path(paths[biases[0]][0])} might be the bias of several "
                 f"weights beside it, or {layer.path} has several biases: expected one "
@@ -263,18 +268,16 @@ def _biases(layers: _Layers, weights: _Layers, paths: _Paths) -> tuple[int | Non
         for index in biases:
             _check_bias(layer, leaf_path(paths[index][0]), jnp.shape(paths[index][1]))
         found.append(biases[0] if biases else None)
-    chosen = {layer.index for layer in layers}
-    understood = chosen | {i for x in known for i in beside.biases(x)}
-    for layer in layers:
-        alike = known - chosen - set(beside.others(layer.index))
-        alike = {i for i in alike if parent(i) == parent(layer.index)}
-        strange = known & set(beside.others(layer.index))
+        others = set(beside.others(layer.index)) & known
         for index in beside.all(layer.index):
-            if index in strange or index in floating - understood - alike:
+            # Weights of the same name beside it are layers that were not named.
+            other = index in known and parent(index) == parent(layer.index)
+            understood = index in chosen or index in owners or other
+            if index in others or (index in floating and not understood):
                 raise ValueError(
                     f"{leaf_path(paths[index][0])} is beside {layer.path} and not "
-                    "its bias, called bias or b: what it does to "
-                    "the network's function is not known. Trace the network: "
+                    "its bias, called bias or b: what it does to the network's "
+                    "function is not known. Trace the network: "
                     "layers=weightreg.trace_network(fn, params, x)."
                 )
     return tuple(found)

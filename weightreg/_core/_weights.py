@@ -633,6 +633,14 @@ class Beside:
 
     def __init__(self, paths: Sequence[KeyPath]):
         self._leaves = [_Leaf.of(path, None) for path in paths]
+        self._modules: dict[tuple[str, ...], list[int]] = {}
+        self._below: dict[tuple[str, ...], list[int]] = {}
+        self._called: dict[tuple[str, ...], list[int]] = {}
+        for index, leaf in enumerate(self._leaves):
+            self._modules.setdefault(leaf.module, []).append(index)
+            self._called.setdefault(leaf.module[-2:], []).append(index)
+            for depth in range(1, len(leaf.module)):
+                self._below.setdefault(leaf.module[:depth], []).append(index)
 
     def all(self, weight: int) -> list[int]:
         """The positions of all leaves that may belong to a weight, which is one, too.
@@ -641,14 +649,12 @@ class Beside:
         ``g`` above, or a scale that is called after the weight's path.
         """
         own = self._leaves[weight]
-        depth = len(own.module)
-        found = []
-        for index, leaf in enumerate(self._leaves):
-            below = depth and leaf.module[:depth] == own.module
-            above = depth and leaf.name == "g" and leaf.module == own.module[:-1]
-            called = depth and leaf.module[-2:] == (own.module[-1], own.name)
-            if leaf.module == own.module or below or above or called:
-                found.append(index)
+        found = list(self._modules[own.module])
+        if own.module:
+            above = self._modules.get(own.module[:-1], [])
+            found += self._below.get(own.module, [])
+            found += [i for i in above if self._leaves[i].name == "g"]
+            found += self._called.get((own.module[-1], own.name), [])
         return found
 
     def others(self, weight: int) -> list[int]:
@@ -659,16 +665,15 @@ class Beside:
         own = self._leaves[weight]
         if not _is_named_weight(own.name):
             return []
-        beside = ((i, x) for i, x in enumerate(self._leaves) if x.module == own.module)
         names = BIASES | {own.name}  # A mask may call a bias a weight.
-        return [index for index, leaf in beside if leaf.name not in names]
+        beside = self._modules[own.module]
+        return [i for i in beside if self._leaves[i].name not in names]
 
     def biases(self, weight: int) -> list[int]:
         """The positions of those that are called a bias, with the weight's number."""
-        number = self._leaves[weight].number
-        module = self._leaves[weight].module
-        beside = ((i, x) for i, x in enumerate(self._leaves) if x.module == module)
-        return [i for i, x in beside if x.name in BIASES and x.number == number]
+        own = self._leaves[weight]
+        beside = ((i, self._leaves[i]) for i in self._modules[own.module])
+        return [i for i, x in beside if x.name in BIASES and x.number == own.number]
 
 
 def _norms(params: Any) -> list[KeyPath]:
@@ -790,6 +795,8 @@ class _Tree:
 
     def _kind(self, leaf: _Leaf) -> Kind:
         """What the name of a leaf's module says of it."""
+        if MODULES["convolution"].fullmatch(leaf.name):
+            return "convolution"
         if not leaf.module:
             return "any"
         beside = self._modules[leaf.module[:-1]]
