@@ -130,15 +130,7 @@ def left_out(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, 
       >>> wr.left_out({"kernel": jnp.ones((3, 4))}, mask=False)
       {"['kernel']": 'mask is false'}
     """
-    refuse_step_count("mask", params)
-    flags = mask_leaves(params, mask, dims)
-    why = _reasons(params, mask, dims)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {
-        leaf_path(path): reason
-        for (path, _), flag, reason in zip(leaves, flags, why, strict=True)
-        if not flag
-    }
+    return _reasons(params, mask, dims, weights=False)
 
 
 def taken(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, str]:
@@ -167,15 +159,7 @@ def taken(params: Any, *, mask: Mask = None, dims: Dims = None) -> dict[str, str
       >>> wr.taken({"kernel": jnp.ones((3, 4, 5))})["['kernel']"][:42]
       'one of several: inputs 0, 1, units 2, of w'
     """
-    refuse_step_count("mask", params)
-    flags = mask_leaves(params, mask, dims)
-    why = _reasons(params, mask, dims)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {
-        leaf_path(path): reason
-        for (path, _), flag, reason in zip(leaves, flags, why, strict=True)
-        if flag
-    }
+    return _reasons(params, mask, dims, weights=True)
 
 
 def weight_layers(
@@ -375,23 +359,27 @@ def _axes_of(layer: WeightLayer) -> str:
     return words
 
 
-def _reasons(params: Any, mask: Mask, dims: Dims) -> list[str]:
-    """Says of each leaf why it is a weight, or is none."""
+def _reasons(params: Any, mask: Mask, dims: Dims, *, weights: bool) -> dict[str, str]:
+    """Says of each leaf that is a weight why it is one, or of each other why not."""
+    refuse_step_count("mask", params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tree = _Tree(leaves, norms=_norms(params))
-    reasons = []
+    reasons = {}
     options = _options(params, mask, dims)
     for index, ((path, _), own) in enumerate(zip(leaves, options, strict=True)):
+        if (own is not None) != weights:
+            continue
         if own is not None:
-            reasons.append(_why(own) + ", mask is true" * (mask is not None))
+            reason = _why(own) + ", mask is true" * (mask is not None)
         elif mask is not None:
-            reasons.append("mask is false")
+            reason = "mask is false"
         elif isinstance(dims, Network):
-            reasons.append(f"traced as {role(dims, path)}")
+            reason = f"traced as {role(dims, path)}"
         elif dims is not None:
-            reasons.append("dims is None")
+            reason = "dims is None"
         else:
-            reasons.append(str(tree.why_not(index)))
+            reason = str(tree.why_not(index))
+        reasons[leaf_path(path)] = reason
     return reasons
 
 
