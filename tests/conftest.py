@@ -8,6 +8,19 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--tf32", action="store_true", help="round products on the CPU as a GPU does"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("tf32"):
+        import tf32
+
+        tf32.emulate()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kept_programs(tmp_path_factory):
     """Compiling is most of what the tests take time for."""
@@ -16,6 +29,13 @@ def kept_programs(tmp_path_factory):
         folder = folder.parent
     jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+
+
+@pytest.fixture(scope="module")
+def full_precision():
+    """What formulas of networks are compared at, which a GPU's default is not."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture(scope="session")
