@@ -65,6 +65,8 @@ def fgsm(
       checked: such an ``x`` is clipped into the bounds first, and that is the point
       from which the attack starts and measures. So is one that is past them by a few
       roundings, 8 times the dtype's ``eps``.
+    * **Precision.** Budget and bounds hold on any device. The gradient is that of
+      ``loss`` at the precision of its own products, by JAX's default TF32 on a GPU.
     * **Gradients.** None flow through the attack: to differentiation, ``x'`` is a
       constant, also where ``loss`` closes over the parameters that are being trained.
 

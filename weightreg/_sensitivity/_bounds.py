@@ -61,6 +61,11 @@ def input_gradient_bound(
     It does not hold with branches that are added or concatenated, attention, or
     normalization, nor for what follows the last layer, such as a softmax.
 
+    The norms are in full precision on any device. The bound is that of the network in
+    exact arithmetic: the outputs of one that runs in TF32 (JAX's default on a GPU) or
+    bfloat16 are rounded, and for inputs close together the roundings may differ by more
+    than the bound times the distance.
+
     Args:
       params: Any tree of parameters.
       layers: The layers in the order in which the network calls them: `WeightLayer`

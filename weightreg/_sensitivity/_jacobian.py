@@ -31,6 +31,10 @@ def input_gradient_norms(
     be differentiated again, to be a penalty in training. The derivative of a norm at a
     gradient of 0 is 0.
 
+    Products inside of ``f`` have the precision that ``f`` gives them. By JAX's default
+    a GPU rounds float32 factors to TF32, which leaves some three digits, and a TPU to
+    bfloat16; call this within ``jax.default_matmul_precision("highest")`` for all.
+
     Args:
       f: Function of one example, and of what ``args`` hold for it, to one floating
         array of any shape. It must not know about the batch.
@@ -116,6 +120,10 @@ def jacobian_norms(
     the label, `label_probability`, which the paper's derivation takes. The network
     should be in inference mode. The result can be differentiated, to be a penalty in
     training.
+
+    Products inside of ``f`` have the precision that ``f`` gives them. By JAX's default
+    a GPU rounds float32 factors to TF32, which leaves some three digits, and a TPU to
+    bfloat16; call this within ``jax.default_matmul_precision("highest")`` for all.
 
     Where devices split the examples, each of them takes its part of every batch, of one
     example at least, and no example moves. An explicit mesh is known; with ``Auto``
@@ -210,9 +218,9 @@ def gbr(
     .. math::
       \frac 1 n \sum_{i=1}^n \Big\| \frac{\partial f(x_i)}{\partial x_i} \Big\|_F^2
 
-    This is the mean of what `jacobian_norms` gives, a batch at a time. Outside of
-    ``jax.jit`` each call with more examples than ``batch_size`` compiles anew; wrap
-    what you call repeatedly.
+    This is the mean of what `jacobian_norms` gives, a batch at a time, with as many
+    digits as the products inside of ``f``. Outside of ``jax.jit`` each call with more
+    examples than ``batch_size`` compiles anew; wrap what you call repeatedly.
 
     Args:
       f: Function of one example, and of what ``args`` hold for it, to one floating

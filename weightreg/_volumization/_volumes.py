@@ -215,7 +215,9 @@ def lipschitz_volume(
     to the rounding of ``V`` to the weights' dtype. It needs ``alpha <= 0`` and, for
     ``alpha < 0``, the condition on reflections that `volumize` states. It says nothing
     about layers that ``mask`` leaves out, about normalization, attention, or branches
-    that are added.
+    that are added. It is a bound in exact arithmetic: where a network runs in TF32
+    (JAX's default on a GPU) or bfloat16, outputs of inputs that are close together may
+    differ by more, by what they are rounded.
 
     Args:
       bound: Lipschitz constant ``c`` of the whole network, greater than or equal to
