@@ -117,7 +117,7 @@ class Follower:
     def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
         """A loop of a known number of rounds."""
         p, body = eqn.params, eqn.params["jaxpr"]
-        consts, carry = p["num_consts"], p["num_carry"]
+        consts, carry = _scan_counts(p)
         graph = self.notes.graph
         loop = graph.enter(p["length"])
         slices = [
@@ -313,6 +313,17 @@ class Follower:
             multiple=None,
             sign=None,
         )
+
+
+def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs stay as they are, and how many are carried.
+
+    JAX says it in numbers until 0.10, and since by trees with an entry for each input.
+    """
+    if "ft_in" not in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = map(len, params["ft_in"].unpack())
+    return consts, carry
 
 
 def _name(loop: Loop) -> str:
