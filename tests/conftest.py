@@ -31,7 +31,7 @@ def kept_programs(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def full_precision():
     """What formulas of networks are compared at, which a GPU's default is not."""
     with jax.default_matmul_precision("highest"):

@@ -159,6 +159,7 @@ def test_under_scan_the_logits_are_stacked_and_still_no_weight():
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_scanned_blocks_equal_a_loop():
     params = Network().init(KEY, H)["params"]
     (block,) = params.values()
@@ -267,6 +268,7 @@ def apply_init(module, *args):
     return module.apply(module.init(KEY, *args), *args)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_layers_in_a_network_are_wrapped_one_by_one():
     class Outer(nn.Module):
         @nn.compact

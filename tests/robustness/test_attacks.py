@@ -122,6 +122,7 @@ def wavy_loss(x, y):
     return jnp.sum(jnp.sin(20 * x + y[:, None]), axis=-1)
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", (Linear, TwoLayers))
 @pytest.mark.parametrize("bounds", ((0, 1), (-9, 9)))

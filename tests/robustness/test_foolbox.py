@@ -142,6 +142,7 @@ def test_fgsm_finds_the_same_points(problem, norm, epsilon):
     np.testing.assert_array_equal(model(got).argmax(-1) != y, success)
 
 
+@pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("epsilon", EPSILONS)
 @pytest.mark.parametrize(
     ("norm", "random"), (("linf", False), ("linf", True), ("l2", False))

@@ -15,8 +15,6 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 from weightreg import input_gradient_bound, input_gradient_norms
 
-pytestmark = pytest.mark.usefixtures("full_precision")
-
 KEY = jax.random.key(0)
 
 

@@ -18,8 +18,6 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
 
-pytestmark = pytest.mark.usefixtures("full_precision")
-
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

@@ -332,6 +332,7 @@ def test_a_weight_called_bias_is_a_layer_if_the_mask_says_so():
     np.testing.assert_array_equal(shifted["bias"], 0.5)
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_a_stretch_of_the_chain_leaves_the_rest_alone():
     shape, make, *_ = NETWORKS["linen_mlp"]
     params, apply = make(jnp.float32)
@@ -365,6 +366,7 @@ def test_stacked_layers_take_one_number_or_one_each():
     assert shifted["b"]["kernel"] == 1 / 32 and shifted["b"]["bias"] == 1
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_equinox():
     model = eqx.filter_jit(eqx.nn.MLP)(3, 2, 5, 2, key=KEY)
     is_kernel = lambda x: eqx.is_array(x) and x.ndim == 2  # noqa: E731
