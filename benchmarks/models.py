@@ -27,11 +27,13 @@ class Model:
       output: Path of the output layer's kernel in the parameters. Neither the order of
         names nor that of layers tells which one it is.
       normalized: Whether a normalization follows every layer, as equivalent norms need.
+      dense: Whether all layers are dense, so that many networks at once are a batch.
     """
 
     make: Callable[[int], nn.Module]
     output: str
     normalized: bool = False
+    dense: bool = False
 
 
 # The authors of WEISSI train mlp1024 and cnn128 on MNIST; cnn8 and cnn16 have fewer
@@ -41,10 +43,12 @@ MODELS: Mapping[str, Model] = {
     "mlp": Model(
         make=lambda classes: MLP((256,), classes),
         output="Dense_1/kernel",
+        dense=True,
     ),
     "mlp1024": Model(
         make=lambda classes: MLP((1024, 1024), classes),
         output="Dense_2/kernel",
+        dense=True,
     ),
     "cnn": Model(
         make=lambda classes: CNN(classes),
@@ -74,6 +78,7 @@ MODELS: Mapping[str, Model] = {
         make=lambda classes: NormMLP((256,), classes),
         output="Dense_1/kernel",
         normalized=True,
+        dense=True,
     ),
     "resnet_norm": Model(
         make=lambda classes: NormResNet(classes),

@@ -50,6 +50,8 @@ def test_weights_are_the_kernels(name):
     params = shapes_of(models.make(name, 10), 2, 12, 12, 3)
     mask = flat(wr.weight_mask(params))
     assert mask == {path: path.endswith("/kernel") for path in mask}
+    most = max(leaf.ndim for leaf in jax.tree.leaves(params))
+    assert most == (2 if models.MODELS[name].dense else 4)
 
 
 @pytest.mark.parametrize("name", ["cnn", "cnn16", *RESNETS])
