@@ -21,7 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from benchmarks import record
+from benchmarks import devices, record
 from benchmarks.data import DATASETS
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.targets import TARGETS
@@ -68,20 +68,22 @@ def main(arguments: list[str] | None = None) -> int:
 def compare(options: argparse.Namespace, console: Console) -> int:
     """Compares methods on a data set."""
     given = {name: getattr(options, name) for name in SETTINGS}
-    given |= {"adversarial": options.adversarial, "data_dir": options.data_dir}
+    for name in ("adversarial", "dtype", "data_dir"):
+        given[name] = getattr(options, name)
     for name in ("methods", "augment", "deploy"):
         named = getattr(options, name)
         given[name] = None if named is None else tuple(filter(None, named.split(",")))
-    given["mapping"] = _mapping(options.mapping)
+    _spread_over_cores()
     from benchmarks.settings import Settings
 
-    settings = Settings.of(options.dataset, **given)
+    settings = _mapped(Settings.of(options.dataset, **given), options.mapping)
+    devices.announce()
     return _compare(settings, options.out / f"{settings.name()}.json", {}, console)
 
 
 def experiment(options: argparse.Namespace, console: Console) -> int:
     """Runs the comparisons of a table of a paper."""
-    mapping = _mapping(options.mapping)
+    _spread_over_cores()
     from benchmarks.settings import Settings
 
     chosen = EXPERIMENTS[options.name]
@@ -90,28 +92,46 @@ def experiment(options: argparse.Namespace, console: Console) -> int:
         raise ValueError(
             f"parts must be among {', '.join(chosen.parts)}, not {', '.join(unknown)}."
         )
-    where = {"mapping": mapping, "data_dir": options.data_dir}
+    how = {"data_dir": options.data_dir, "dtype": options.dtype}
     runs = []
     for part in parts:
-        settings = Settings.of(**chosen.settings(part, options.scale), **where)
-        out = options.out / f"{options.name}-{options.scale}-{part}.json"
+        settings = Settings.of(**chosen.settings(part, options.scale), **how)
+        settings = _mapped(settings, options.mapping)
+        words = [options.name, options.scale, part]
+        words += [settings.dtype] * (settings.dtype != "float32")
+        out = options.out / f"{'-'.join(words)}.json"
         record.refuse_another(dataclasses.asdict(settings), out)
         mark = {"name": options.name, "part": part, "scale": options.scale}
         runs.append((settings, out, {"experiment": mark}))
+    devices.announce()
     for settings, out, mark in runs:  # none is refused after others took their time
         if status := _compare(settings, out, mark, console):
             return status
     return 0
 
 
-def _mapping(asked: str | None) -> str:
-    """How runs are spread; on CPU each core becomes a device, whichever way is asked.
+def _spread_over_cores() -> None:
+    """Makes each core a device of the CPU, however runs will be mapped.
 
     Where JAX runs already, as in tests, its devices stay as they are.
     """
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", _cores())
-    return asked or ("devices" if jax.default_backend() == "cpu" else "vmap")
+
+
+def _mapped(settings, asked: str | None):
+    """Settings with the way runs are mapped, which depends on device and network.
+
+    Dense layers of many runs at once are one batched product, and a GPU's launches are
+    shared. Convolutions of many kernels are grouped ones, and the gradients of these
+    kernels are convolutions with windows as large as images: with eight runs, a GPU's
+    compiler plans 1.5 to 3 times the bytes of one run after another.
+    """
+    from benchmarks.models import MODELS
+
+    once = jax.default_backend() != "cpu" and MODELS[settings.model].dense
+    mapping = asked or ("vmap" if once else "devices")
+    return dataclasses.replace(settings, mapping=mapping)
 
 
 def _compare(settings, out: pathlib.Path, mark: dict, console: Console) -> int:
@@ -174,6 +194,7 @@ def _measured(options: argparse.Namespace, console: Console) -> tuple[dict, str]
     from benchmarks.cost import run
 
     side, rounds = options.side or SIDE, options.rounds or ROUNDS
+    devices.announce()
     with console.status("measuring"):
         result = run(side, rounds)
     words = ["cost", jax.default_backend()]
@@ -345,9 +366,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="what layers compute in (float32); parameters, the optimizer's state, "
+        "statistics of batches and losses are float32",
+    )
+    parser.add_argument(
         "--mapping",
         choices=("devices", "vmap"),
-        help="one run after another on each device (on CPU, each core), or all at once",
+        help="one run after another on each device (on CPU, each core), or all at "
+        "once, which is the default of networks without convolutions off CPU",
     )
     parser.add_argument(
         "--data-dir", help="folder with NAME/train.parquet and test.parquet"

@@ -6,7 +6,7 @@ import subprocess
 from importlib.metadata import version
 from typing import Any
 
-import jax
+from benchmarks.devices import described
 
 PACKAGES = ("weightreg", "jax", "optax", "flax", "numpy")
 FOLDER = pathlib.Path(__file__).parent
@@ -19,7 +19,7 @@ def environment() -> dict[str, Any]:
     python = {"python": platform.python_version()}
     return {
         "versions": {p: version(p) for p in PACKAGES} | python,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": described(),
         **commit(),
     }
 

@@ -57,9 +57,10 @@ has the highest accuracy describe the table and do not rank the methods.
 The command below each table repeats it; `DATA` is a folder with Parquet files, and
 without `--data-dir` they come from the Hugging Face hub. `python -m benchmarks
 experiment NAME` runs a paper's table, and with `--scale full` the paper's epochs and
-data, for which one wants a GPU. `python -m benchmarks report FILE` prints a table and
-draws all its plots: accuracy, weight energy and complexity over epochs, input
-gradients, accuracy over the strength of attacks, weights, GBR, distances from levels.
+data, for which one wants a GPU, and perhaps layers that compute in bfloat16, by
+`--dtype bfloat16`. `python -m benchmarks report FILE` prints a table and draws all its
+plots: accuracy, weight energy and complexity over epochs, input gradients, accuracy
+over the strength of attacks, weights, GBR, distances from levels.
 """
 COSTS_HEAD = f"""\
 # Costs

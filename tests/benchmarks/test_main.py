@@ -1,6 +1,7 @@
 """The command line, from end to end."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -18,6 +19,7 @@ import pytest
 
 import benchmarks.__main__ as cli
 from benchmarks import compare, record
+from benchmarks.settings import Settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLOTS = ("accuracy", "energy", "gradients", "strength", "weights")
@@ -220,7 +222,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(standing, monkeypatch, 
     assert standing.read_bytes() == before
     (left,) = record.partials(standing)
     assert list(record.load(left)["results"]) == ["none"]
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()  # after that with the devices
     assert "No space left on device" in line and str(left) in line
 
 
@@ -234,7 +236,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_measuring(
     monkeypatch.setattr(cli.tempfile, "TemporaryFile", denied)
     for command in (["compare"], ["cost"]):
         assert cli.main([*command, "--out", str(tmp_path)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        *_, line = capsys.readouterr().err.splitlines()
         assert "Permission denied" in line and str(tmp_path) in line
     assert list(tmp_path.iterdir()) == []
 
@@ -316,23 +318,33 @@ def test_costs_are_reported_like_comparisons(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("backend", "asked", "mapping"),
+    ("backend", "model", "asked", "mapping"),
     [
-        ("cpu", None, "devices"),
-        ("gpu", None, "vmap"),
-        ("cpu", "vmap", "vmap"),
-        ("gpu", "devices", "devices"),
+        ("cpu", "mlp", None, "devices"),
+        ("gpu", "mlp", None, "vmap"),
+        ("gpu", "cnn", None, "devices"),
+        ("cpu", "mlp", "vmap", "vmap"),
+        ("gpu", "cnn", "vmap", "vmap"),
+        ("gpu", "mlp", "devices", "devices"),
     ],
 )
-def test_each_core_is_a_device_however_runs_are_spread(
-    backend, asked, mapping, monkeypatch
+def test_dense_networks_are_mapped_at_once_off_cpu(
+    backend, model, asked, mapping, monkeypatch
 ):
+    fake = types.SimpleNamespace(default_backend=lambda: backend)
+    monkeypatch.setattr(cli, "jax", fake)
+    settings = Settings.of("digits", model=model)
+    assert cli._mapped(settings, asked) == dataclasses.replace(
+        settings, mapping=mapping
+    )
+
+
+def test_each_core_is_a_device(monkeypatch):
     devices = {}
     config = types.SimpleNamespace(update=devices.__setitem__)
-    fake = types.SimpleNamespace(config=config, default_backend=lambda: backend)
-    monkeypatch.setattr(cli, "jax", fake)
+    monkeypatch.setattr(cli, "jax", types.SimpleNamespace(config=config))
     monkeypatch.setattr(cli, "_cores", lambda: 3)
-    assert cli._mapping(asked) == mapping
+    cli._spread_over_cores()
     assert devices == {"jax_num_cpu_devices": 3}
 
 

@@ -13,6 +13,7 @@ REGISTRIES = {
     "MODELS": "models.py",
     "METHODS": "methods.py",
     "EXPERIMENTS": "experiments.py",
+    "ACCELERATORS": "devices.py",
     "TARGETS": "targets.py",
     "TREES": "trees.py",
     "STEPS": "programs.py",
