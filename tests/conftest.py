@@ -6,6 +6,21 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Each of the workers would take most of a GPU's memory, and the second one find none.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def pytest_report_header(config):
+    """Which devices the tests run on."""
+    from benchmarks import devices
+
+    if config.option.markexpr == "plans":
+        return []  # JAX would look for the devices whose compilers alone are there
+    backend, asked = jax.default_backend(), os.environ.get("JAX_PLATFORMS")
+    return [
+        f"on {devices.described()} (JAX {jax.__version__})",
+        *devices.unseen(backend, asked),
+    ]
 
 
 def pytest_addoption(parser):
