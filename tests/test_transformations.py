@@ -406,10 +406,10 @@ def test_restored_in_mid_run_it_goes_on_bit_for_bit(name, tmp_path):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", FACTORIES)
-def test_keeps_the_sharding_of_eight_devices(name, axis_type):
+def test_keeps_the_sharding_of_eight_devices(name, axis_type, cpu_mesh):
     if "adan" in name or ("muon" in name and axis_type == AxisType.Explicit):
         pytest.skip("Optax's own does not keep shardings")
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    mesh = cpu_mesh((4, 2), ("x", "y"), axis_type)
     specs = {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec("y")}
     shard = {k: NamedSharding(mesh, s) for k, s in specs.items()}
     params = tree()
@@ -434,8 +434,8 @@ def test_keeps_the_sharding_of_eight_devices(name, axis_type):
 
 
 @pytest.mark.parametrize("name", sorted(set(OURS) - set(WHOLE)))
-def test_inside_shard_map_on_parts_of_a_weight(name):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+def test_inside_shard_map_on_parts_of_a_weight(name, cpu_mesh):
+    mesh = cpu_mesh((8,), ("x",))
     params = {"kernel": tree()["kernel"]}
     tx = FACTORIES[name](1e-2, 0.5, 0.5)
 
@@ -449,9 +449,9 @@ def test_inside_shard_map_on_parts_of_a_weight(name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_inside_shard_map_on_whole_weights(name):
+def test_inside_shard_map_on_whole_weights(name, cpu_mesh):
     """Each device with examples of its own; JAX sums gradients of what they share."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = cpu_mesh((8,), ("x",))
     params, x = {"kernel": tree()["kernel"]}, jnp.ones((8, 4, 8))
     tx = FACTORIES[name](1e-2, 0.5, 0.5)
 

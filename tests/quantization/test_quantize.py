@@ -240,8 +240,8 @@ def test_traced_steps_levels_of_a_population_and_derivatives():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_weights(axis_type):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+def test_sharded_weights(axis_type, cpu_mesh):
+    mesh = cpu_mesh((4, 2), ("x", "y"), axis_type)
     sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
     whole = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     params = {"w": jax.device_put(whole, sharding)}

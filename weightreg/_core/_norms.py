@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from weightreg._core._arguments import compute_dtype
-from weightreg._core._mesh import gathered, placed
+from weightreg._core._mesh import gathered, placed, split_along
 from weightreg._core._weights import Need, WeightLayer
 
 Norm: TypeAlias = str | tuple[float, float]
@@ -324,7 +324,7 @@ def power_iteration(
     own = lambda x: tuple(range(len(stack), x.ndim))  # noqa: E731
 
     def product(x, of_x, y, of_y, out) -> jax.Array:  # A reshape loses shardings.
-        where = placed(weight, out, None if out is both else stack)
+        where = placed(weight, out, None)
         return jnp.einsum(
             x, of_x, y, of_y, out, precision=lax.Precision.HIGHEST, out_sharding=where
         )
@@ -334,6 +334,8 @@ def power_iteration(
         return jnp.where(size > 0, x * (1 / or_one(size)), otherwise)
 
     fixed, right = lax.stop_gradient((scaled, vector.astype(scaled.dtype)))
+    # Vectors are split as the weight is, which would be gathered for them otherwise.
+    right = split_along(right, weight, columns)
     left = product(fixed, both, right, columns, rows) * 0
     for _ in range(iterations):
         left = unit(product(fixed, both, right, columns, rows), left)
@@ -342,6 +344,7 @@ def power_iteration(
     direction = product(left, rows, right, columns, both)
     sigma = jnp.expand_dims(jnp.sum(sigma, own(sigma)), axes.inputs + axes.outputs)
     size = Scaled(sigma, 1 - exponent_of(scale))
+    right = gathered(right, range(len(stack)))  # as it was given
     return size, direction, right.astype(vector.dtype)
 
 
