@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import quick
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -59,7 +60,9 @@ ELEMENTWISE = [name for name, (_, most) in LINKS.items() if not most]
 
 
 def pulled(enc):
-    return lambda params: jax.vjp(enc, params)[1](jax.tree.map(jnp.sin, params))[0]
+    """What comes back of numbers that have little to do with the weights."""
+    along = lambda params: jax.tree.map(lambda w: jnp.sin(40 * w), params)  # noqa: E731
+    return lambda params: jax.vjp(enc, params)[1](along(params))[0]
 
 
 def numbers(params):
@@ -185,7 +188,9 @@ def test_what_moves_is_seen(cpu_mesh):
     params = jax.device_put(network(), shardings(mesh))
 
     def moving(params):
-        whole = jax.sharding.reshard(params["Dense_0"]["kernel"], PartitionSpec())
+        whole = jax.lax.with_sharding_constraint(
+            params["Dense_0"]["kernel"], PartitionSpec()
+        )
         return whole, jnp.sum(params["Dense_3"]["kernel"], 0), params["Dense_0"]
 
     with jax.set_mesh(mesh):
@@ -196,7 +201,7 @@ def test_what_moves_is_seen(cpu_mesh):
 def test_layers_of_a_stack_may_be_split_inside_of_shard_map(cpu_mesh):
     """Where each device has whole layers, whose norms are theirs alone."""
     mesh, spec = cpu_mesh((8,), ("layers",)), PartitionSpec("layers")
-    stack = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 4)), jnp.float32)
+    stack = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6, 4)), jnp.float32)
     dims = Dims(1, 2)
     tx = optax.chain(
         wr.add_shifted_l2(0.1, 0.1, dims=dims),
@@ -230,3 +235,61 @@ def test_volumes_are_computed_outside_of_a_shard_map_that_splits_weights(cpu_mes
     chex.assert_trees_all_equal(*step(volumes))
     of_shards, of_weights = step(wr.he_volume(0.5))
     assert np.all(jax.tree.leaves(of_shards)[0] > jax.tree.leaves(of_weights)[0])
+
+
+RUNS = {
+    "volumized": wr.volumized(optax.adam(0.1), HALF, 0.9),
+    "volumized_laprop": wr.volumized_laprop(0.1, volume=HALF, alpha=0.9),
+    "quantize_every": optax.chain(
+        optax.sgd(0.1, momentum=0.9), wr.quantize_every(2, "ternary", HALF)
+    ),
+    "add_weissi": optax.chain(wr.add_weissi(0.1, 0.1), optax.adam(0.1)),
+}
+SAVED_ON = (2, 2), PartitionSpec("data", "model")
+RESTORED_ON = [
+    ((4, 2), PartitionSpec("model", "data")),
+    ((8, 1), PartitionSpec(None, "data")),
+    ((1, 1), PartitionSpec()),
+]
+
+
+@quick.jit
+def steps(runs):
+    """Three steps of every run from its parameters and its state."""
+    for _ in range(3):
+        for name, (params, state) in runs.items():
+            grads = jax.tree.map(jnp.sin, params)
+            updates, state = RUNS[name].update(grads, state, params)
+            runs = runs | {name: (optax.apply_updates(params, updates), state)}
+    return runs
+
+
+def test_a_checkpoint_goes_on_where_other_devices_split_it(cpu_mesh, tmp_path):
+    """Bit for bit where each weight's own number is all that a step needs."""
+
+    def placed(shape, spec):
+        mesh = cpu_mesh(shape, ("data", "model"))
+        where = lambda x: NamedSharding(mesh, spec if x.ndim else PartitionSpec())  # noqa: E731
+        return functools.partial(jax.tree.map, where)
+
+    params = {"Dense_0": np.random.default_rng(0).normal(size=(16, 8))}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    fresh = {name: (params, tx.init(params)) for name, tx in RUNS.items()}
+    saved = steps(jax.device_put(fresh, placed(*SAVED_ON)(fresh)))
+    expected = jax.device_get(steps(saved))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "mid", saved)
+        checkpointer.wait_until_finished()
+        for shape, spec in RESTORED_ON:
+            shardings = placed(shape, spec)(fresh)
+            wanted = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                *(fresh, shardings),
+            )
+            restored = checkpointer.restore(tmp_path / "mid", wanted)
+            assert jax.tree.map(lambda x: x.sharding, restored) == shardings
+            chex.assert_trees_all_equal(*jax.device_get((restored, saved)))
+            got = jax.device_get(steps(restored))
+            close(got.pop("add_weissi"), expected["add_weissi"])
+            for name, run in got.items():
+                chex.assert_trees_all_equal(run, expected[name])

@@ -33,15 +33,6 @@ def gathered(x: jax.Array, kept: Iterable[int]) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
-def split_along(x: jax.Array, like: jax.Array, axes: Iterable[int]) -> jax.Array:
-    """``x``, which an explicit mesh splits as it does some ``axes`` of another array."""
-    spec = placed(like, axes, None)
-    if spec is None:
-        return x
-    mesh = jax.typeof(like).sharding.mesh
-    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
-
-
 def is_split(x: jax.Array, axis: int) -> bool:
     """Whether an explicit mesh splits an axis, which is then not to be cut."""
     return placed(x, (axis,), None) not in (None, PartitionSpec(None))

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from weightreg._core._arguments import compute_dtype
-from weightreg._core._mesh import gathered, placed, split_along
+from weightreg._core._mesh import gathered, placed
 from weightreg._core._weights import Need, WeightLayer
 
 Norm: TypeAlias = str | tuple[float, float]
@@ -334,18 +334,20 @@ def power_iteration(
         return jnp.where(size > 0, x * (1 / or_one(size)), otherwise)
 
     fixed, right = lax.stop_gradient((scaled, vector.astype(scaled.dtype)))
-    # Vectors are split as the weight is, which would be gathered for them otherwise.
-    right = split_along(right, weight, columns)
-    left = product(fixed, both, right, columns, rows) * 0
+    # The first vector is whole on every device. For its matrix product with a weight
+    # that devices split, XLA may gather the weight, but not for a sum of products.
+    beside = jnp.transpose(right, [columns.index(a) for a in sorted(columns)])
+    image = jnp.einsum(fixed * jnp.expand_dims(beside, axes.inputs), both, rows)
+    left = image * 0
     for _ in range(iterations):
-        left = unit(product(fixed, both, right, columns, rows), left)
+        left = unit(image, left)
         right = unit(product(fixed, both, left, rows, columns), right)
+        image = product(fixed, both, right, columns, rows)
     sigma = left * product(scaled, both, right, columns, rows)
     direction = product(left, rows, right, columns, both)
     sigma = jnp.expand_dims(jnp.sum(sigma, own(sigma)), axes.inputs + axes.outputs)
-    size = Scaled(sigma, 1 - exponent_of(scale))
     right = gathered(right, range(len(stack)))  # as it was given
-    return size, direction, right.astype(vector.dtype)
+    return Scaled(sigma, 1 - exponent_of(scale)), direction, right.astype(vector.dtype)
 
 
 def start_vector(weight: jax.Array, axes: Axes, key: jax.Array) -> jax.Array:
