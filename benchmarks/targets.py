@@ -73,7 +73,7 @@ TARGETS: dict[str, Target] = {
         {
             "topology_name": "h100",
             "platform": "cuda",
-            "topology": "1x1x1",
+            "topology": "1x1x4",
             "target_config": H100,
         },
         lambda opcode: opcode not in IDLE,

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 import quick
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -121,6 +120,21 @@ def split_alike(tree, mesh):
     return found
 
 
+def abstract(mesh, tree):
+    """Shapes of arrays that are split as the parameters by whose paths theirs end."""
+    leaves = jax.tree_util.tree_leaves_with_path
+    params = dict(leaves(jax.eval_shape(network)))
+
+    def place(path, x):
+        where = NamedSharding(mesh, PartitionSpec())
+        for end, sharding in leaves(shardings(mesh)):
+            if path[-len(end) :] == end and x.shape == params[end].shape:
+                where = sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
 def close(got, expected, rtol=1e-5):
     """With a tolerance relative to the largest number of each array."""
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -136,11 +150,15 @@ def init(name, params):
     return jax.tree.map(ones, jax.eval_shape(tx.init, params))
 
 
+def jit(name):
+    return jax.jit if name in ELEMENTWISE else quick.jit  # bits are as users compile
+
+
 @functools.cache
 def alone(name):
     """What a link makes on one device: updates, and the state after them."""
     params = network()
-    return quick.jit(LINKS[name][0].update)(params, init(name, params), params)
+    return jit(name)(LINKS[name][0].update)(params, init(name, params), params)
 
 
 @TYPES
@@ -151,7 +169,7 @@ def test_no_weight_moves_between_devices_in_a_step(name, axis_type, cpu_mesh):
     with jax.set_mesh(mesh):
         params = jax.device_put(network(), shardings(mesh))
         state = init(name, params)
-        step = quick.jit(tx.update).lower(params, state, params).compile()
+        step = jit(name)(tx.update).lower(params, state, params).compile()
         updates, after = step(params, state, params)
     moved = meshes.collectives(step.as_text())
     assert max(moved.values(), default=0) <= most, moved
@@ -173,7 +191,9 @@ def test_no_weight_moves_between_devices_in_a_map(name, axis_type, cpu_mesh):
         got = compiled(params)
     moved = meshes.collectives(compiled.as_text())
     assert max(moved.values(), default=0) <= most, moved
-    assert split_alike(got, mesh) == (12 if run is not numbers else 0)
+    if run is not numbers:
+        kernels = {name: {"kernel": layer["kernel"]} for name, layer in got.items()}
+        assert split_alike(kernels, mesh) == 6  # of a bias the gradient is a constant
     close(got, mapped_alone(name))
 
 
@@ -235,61 +255,3 @@ def test_volumes_are_computed_outside_of_a_shard_map_that_splits_weights(cpu_mes
     chex.assert_trees_all_equal(*step(volumes))
     of_shards, of_weights = step(wr.he_volume(0.5))
     assert np.all(jax.tree.leaves(of_shards)[0] > jax.tree.leaves(of_weights)[0])
-
-
-RUNS = {
-    "volumized": wr.volumized(optax.adam(0.1), HALF, 0.9),
-    "volumized_laprop": wr.volumized_laprop(0.1, volume=HALF, alpha=0.9),
-    "quantize_every": optax.chain(
-        optax.sgd(0.1, momentum=0.9), wr.quantize_every(2, "ternary", HALF)
-    ),
-    "add_weissi": optax.chain(wr.add_weissi(0.1, 0.1), optax.adam(0.1)),
-}
-SAVED_ON = (2, 2), PartitionSpec("data", "model")
-RESTORED_ON = [
-    ((4, 2), PartitionSpec("model", "data")),
-    ((8, 1), PartitionSpec(None, "data")),
-    ((1, 1), PartitionSpec()),
-]
-
-
-@quick.jit
-def steps(runs):
-    """Three steps of every run from its parameters and its state."""
-    for _ in range(3):
-        for name, (params, state) in runs.items():
-            grads = jax.tree.map(jnp.sin, params)
-            updates, state = RUNS[name].update(grads, state, params)
-            runs = runs | {name: (optax.apply_updates(params, updates), state)}
-    return runs
-
-
-def test_a_checkpoint_goes_on_where_other_devices_split_it(cpu_mesh, tmp_path):
-    """Bit for bit where each weight's own number is all that a step needs."""
-
-    def placed(shape, spec):
-        mesh = cpu_mesh(shape, ("data", "model"))
-        where = lambda x: NamedSharding(mesh, spec if x.ndim else PartitionSpec())  # noqa: E731
-        return functools.partial(jax.tree.map, where)
-
-    params = {"Dense_0": np.random.default_rng(0).normal(size=(16, 8))}
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    fresh = {name: (params, tx.init(params)) for name, tx in RUNS.items()}
-    saved = steps(jax.device_put(fresh, placed(*SAVED_ON)(fresh)))
-    expected = jax.device_get(steps(saved))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "mid", saved)
-        checkpointer.wait_until_finished()
-        for shape, spec in RESTORED_ON:
-            shardings = placed(shape, spec)(fresh)
-            wanted = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                *(fresh, shardings),
-            )
-            restored = checkpointer.restore(tmp_path / "mid", wanted)
-            assert jax.tree.map(lambda x: x.sharding, restored) == shardings
-            chex.assert_trees_all_equal(*jax.device_get((restored, saved)))
-            got = jax.device_get(steps(restored))
-            close(got.pop("add_weissi"), expected["add_weissi"])
-            for name, run in got.items():
-                chex.assert_trees_all_equal(run, expected[name])
