@@ -35,9 +35,10 @@ SPECS = {
     for name, spec in KERNELS.items()
 }
 # Sums over a split axis are told for every unit, some of them in four parts. The least
-# shard of a kernel has eight times as many numbers.
+# shard of a kernel has eight times as many numbers. Sums of layers may be told at once.
 UNITS = 4 * SIDE
 WEIGHT = SIDE * SIDE
+LAYERS = 4 * len(KERNELS)
 HALF = wr.he_volume(0.5)
 
 LINKS = {
@@ -47,8 +48,8 @@ LINKS = {
     "volumized(sgd)": (wr.volumized(optax.sgd(0.1, momentum=0.9), HALF, 0.9), 0),
     "volumized_laprop": (wr.volumized_laprop(0.1, volume=HALF, alpha=0.9), 0),
     "quantize_every": (wr.quantize_every(1, "ternary", HALF), 0),
-    "add_weissi": (wr.add_weissi(0.1, 0.1), 1),
-    "add_weissi(log)": (wr.add_weissi(0.1, 0.1, log=True), 1),
+    "add_weissi": (wr.add_weissi(0.1, 0.1), LAYERS),
+    "add_weissi(log)": (wr.add_weissi(0.1, 0.1, log=True), LAYERS),
     "add_weissi(2, 1)": (wr.add_weissi(0.1, 0.1, norm=(2, 1)), UNITS),
     "add_weissi(spectral)": (wr.add_weissi(0.1, 0.1, norm="spectral"), UNITS),
     "add_shifted_l2": (wr.add_shifted_l2(0.1, 0.1), UNITS),
@@ -83,11 +84,11 @@ MAPS = {
     "equivalent_norm(layer)": (wr.equivalent_norm("layer"), UNITS),
     "vjp(equivalent_norm)": (pulled(wr.equivalent_norm()), UNITS),
     "vjp(equivalent_norm(layer))": (pulled(wr.equivalent_norm("layer")), UNITS),
-    "grad(weissi)": (jax.grad(wr.weissi(0.1, 0.1)), 1),
+    "grad(weissi)": (jax.grad(wr.weissi(0.1, 0.1)), LAYERS),
     "grad(shifted_l2)": (jax.grad(wr.shifted_l2(0.1, 0.1)), UNITS),
     "binarize": (lambda params: wr.binarize(params, HALF), 0),
     "ternarize": (lambda params: wr.ternarize(params, HALF), 0),
-    "balance_scales": (wr.balance_scales, 1),
+    "balance_scales": (wr.balance_scales, LAYERS),
     "numbers": (numbers, UNITS),
 }
 
