@@ -43,7 +43,6 @@ HALF = wr.he_volume(0.5)
 
 LINKS = {
     "volumize": (wr.volumize(HALF, 0.9), 0),
-    "volumize(lipschitz)": (wr.volumize(wr.lipschitz_volume(), 0.0), 0),
     "volumized(adam)": (wr.volumized(optax.adam(0.1), HALF, 0.9), 0),
     "volumized(sgd)": (wr.volumized(optax.sgd(0.1, momentum=0.9), HALF, 0.9), 0),
     "volumized_laprop": (wr.volumized_laprop(0.1, volume=HALF, alpha=0.9), 0),
@@ -81,7 +80,6 @@ def numbers(params):
 
 MAPS = {
     "equivalent_norm": (wr.equivalent_norm(), UNITS),
-    "equivalent_norm(layer)": (wr.equivalent_norm("layer"), UNITS),
     "vjp(equivalent_norm)": (pulled(wr.equivalent_norm()), UNITS),
     "vjp(equivalent_norm(layer))": (pulled(wr.equivalent_norm("layer")), UNITS),
     "grad(weissi)": (jax.grad(wr.weissi(0.1, 0.1)), LAYERS),
