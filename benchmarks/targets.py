@@ -73,7 +73,7 @@ TARGETS: dict[str, Target] = {
         {
             "topology_name": "h100",
             "platform": "cuda",
-            "topology": "1x1x1",
+            "topology": "1x1x4",
             "target_config": H100,
         },
         lambda opcode: opcode not in IDLE,
@@ -133,9 +133,14 @@ def _installed(package: str) -> bool:
         return False
 
 
-@functools.cache
 def device(name: str) -> Any:
-    """A target's device, to compile for. JAX must not have started a backend before.
+    """A target's first device, to compile for."""
+    return devices(name)[0]
+
+
+@functools.cache
+def devices(name: str) -> list[Any]:
+    """A target's devices, to compile for. JAX must not have started a backend before.
 
     Raises:
       ValueError: Its compiler is not installed, or cannot be loaded.
@@ -152,7 +157,7 @@ def device(name: str) -> Any:
     # A program out of the cache has taken no time to compile.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        return topologies.get_topology_desc(**target.topology).devices[0]
+        return topologies.get_topology_desc(**target.topology).devices
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"target {name} cannot be compiled for ({error}): its packages must be "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -157,13 +157,20 @@ class Population:
     Args:
       training: What the runs share.
       arrays: Inputs for training and evaluation.
-      mapping: How the runs of a device are mapped, which are spread over all there
-        are: ``"vmap"``, all at once, good on accelerators, or ``"devices"``, one after
-        the other. On CPU cores the latter is faster, and its results are those of a run
-        alone, bit for bit.
+      mapping: How the runs of a device are mapped: ``"vmap"``, all at once, good on
+        accelerators, or ``"devices"``, one after the other. On CPU cores the latter is
+        faster, and its results are those of a run alone, bit for bit.
+      devices: Where the runs are spread, or ``None`` for all devices of the backend
+        that JAX takes by default.
     """
 
-    def __init__(self, training: Training, arrays: Arrays, mapping: str):
+    def __init__(
+        self,
+        training: Training,
+        arrays: Arrays,
+        mapping: str,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         self._training, self._arrays = training, arrays
         self._batches = arrays.x_train.shape[0] // training.batch
         if not self._batches:
@@ -180,7 +187,7 @@ class Population:
             raise ValueError(
                 f"mapping must be among {', '.join(MAPPINGS)}, not {mapping!r}."
             )
-        self._mesh = Mesh(np.array(jax.devices()), ("runs",))
+        self._mesh = Mesh(np.array(devices or jax.devices()), ("runs",))
         self._start = self._mapped(self._start_one, mapping)
         self._epoch = self._mapped(self._epoch_one, mapping, donate=True)
 

@@ -3,6 +3,7 @@
 import os
 
 import jax
+import meshes
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -59,3 +60,10 @@ def digits():
     from benchmarks import data
 
     return data.load("digits")
+
+
+@pytest.fixture
+def cpu_mesh():
+    """Makes meshes of CPU devices, where all else of the test is computed as well."""
+    with jax.default_device(next(iter(meshes.cpu_devices()), None)):
+        yield meshes.cpu_mesh

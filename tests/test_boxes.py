@@ -8,7 +8,7 @@ import optax
 import pytest
 import quick
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import weightreg as wr
 import weightreg.linen
@@ -19,11 +19,6 @@ AXES = ("data", "model")
 RULES = (("rows", "data"), ("columns", "model"))
 KERNEL = nn.initializers.lecun_normal()
 SPECTRAL = wr.add_weissi(1e-3, 1e-3, norm="spectral")
-
-
-def on_four_devices():
-    devices = np.array(jax.devices()[:4]).reshape(2, 2)
-    return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def linen(init):
@@ -78,9 +73,9 @@ def boxed(tree):
 
 
 @pytest.mark.parametrize("kind", BOXED)
-def test_shardings_by_the_names_of_axes_fit_all_that_is_made(kind):
+def test_shardings_by_the_names_of_axes_fit_all_that_is_made(kind, cpu_mesh):
     make, shardings_of = BOXED[kind]
-    mesh = on_four_devices()
+    mesh = cpu_mesh((2, 2), AXES)
     for name, of in MADE.items():
         both = lambda key, of=of: of(make(key))  # noqa: E731
         shardings = shardings_of(jax.eval_shape(both, KEY), mesh)
@@ -177,7 +172,7 @@ def from_bits(model, params, *args):
 
 
 @pytest.mark.parametrize("model", [PARTITIONED, LOGICAL])
-def test_linen_runs_from_bits_in_the_place_of_boxes_and_in_them(model):
+def test_linen_runs_from_bits_in_the_place_of_boxes_and_in_them(model, cpu_mesh):
     params = model.init(KEY, X)["params"]
     packed = wr.pack(params, 0.5, "binary")
     by_hand = packed | {"kernel": params["kernel"].replace(value=packed["kernel"])}
@@ -185,7 +180,7 @@ def test_linen_runs_from_bits_in_the_place_of_boxes_and_in_them(model):
     run = jax.jit(lambda p: from_bits(model, p, X))
     for tree in (packed, by_hand):
         np.testing.assert_allclose(run(tree), expected, rtol=1e-6)
-        with jax.set_mesh(on_four_devices()), nn.logical_axis_rules(RULES):
+        with jax.set_mesh(cpu_mesh((2, 2), AXES)), nn.logical_axis_rules(RULES):
             np.testing.assert_allclose(run(tree), expected, rtol=1e-6)
     np.testing.assert_array_equal(
         nn.unbox(packed)["kernel"], wr.unpack(packed)["kernel"]

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 import quick
 from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
@@ -199,3 +200,63 @@ def test_packed_weights_and_others_do_not_take_each_others_place():
     for state in ({"kernel": jnp.ones((5, 7))}, {"kernel": {"bits": 1}}):
         with pytest.raises(ValueError, match=r"must have.*'stack_axes'.*not packed"):
             flax.serialization.from_state_dict(packed["one"], state)
+
+
+RUNS = {
+    "volumized": wr.volumized(optax.adam(0.1), HALF, 0.9),
+    "volumized_laprop": wr.volumized_laprop(0.1, volume=HALF, alpha=0.9),
+    "quantize_every": optax.chain(
+        optax.sgd(0.1, momentum=0.9), wr.quantize_every(2, "ternary", HALF)
+    ),
+    "add_weissi": optax.chain(wr.add_weissi(0.1, 0.1), optax.adam(0.1)),
+}
+SAVED_ON = (2, 2), PartitionSpec("data", "model")
+RESTORED_ON = [
+    ((4, 2), PartitionSpec("model", "data")),
+    ((8, 1), PartitionSpec(None, "data")),
+    ((1, 1), PartitionSpec()),
+]
+
+
+@jax.jit
+def steps(runs):
+    """Three steps of every run from its parameters and its state."""
+    for _ in range(3):
+        for name, (params, state) in runs.items():
+            grads = jax.tree.map(jnp.sin, params)
+            updates, state = RUNS[name].update(grads, state, params)
+            runs = runs | {name: (optax.apply_updates(params, updates), state)}
+    return runs
+
+
+def test_a_checkpoint_goes_on_where_other_devices_split_it(cpu_mesh, tmp_path):
+    """Bit for bit where each weight's own number is all that a step needs."""
+
+    def placed(shape, spec):
+        mesh = cpu_mesh(shape, ("data", "model"))
+        where = lambda x: NamedSharding(mesh, spec if x.ndim else PartitionSpec())  # noqa: E731
+        return functools.partial(jax.tree.map, where)
+
+    params = {"Dense_0": np.random.default_rng(0).normal(size=(16, 8))}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    fresh = {name: (params, tx.init(params)) for name, tx in RUNS.items()}
+    saved = steps(jax.device_put(fresh, placed(*SAVED_ON)(fresh)))
+    expected = jax.device_get(steps(saved))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "mid", saved)
+        checkpointer.wait_until_finished()
+        for shape, spec in RESTORED_ON:
+            shardings = placed(shape, spec)(fresh)
+            wanted = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                *(fresh, shardings),
+            )
+            restored = checkpointer.restore(tmp_path / "mid", wanted)
+            assert jax.tree.map(lambda x: x.sharding, restored) == shardings
+            chex.assert_trees_all_equal(*jax.device_get((restored, saved)))
+            got = jax.device_get(steps(restored))
+            chex.assert_trees_all_close(
+                got.pop("add_weissi"), expected["add_weissi"], rtol=1e-5, atol=1e-6
+            )
+            for name, run in got.items():
+                chex.assert_trees_all_equal(run, expected[name])

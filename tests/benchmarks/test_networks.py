@@ -93,7 +93,7 @@ def test_a_convolution_may_lack_its_bias_and_start_otherwise():
     assert list(params) == ["kernel"] and np.all(params["kernel"] == 1)
 
 
-def test_runs_in_a_loop_on_several_devices_do_not_mix():
+def test_runs_in_a_loop_on_several_devices_do_not_mix(cpu_mesh):
     """As the population runs them."""
     model, x = networks.UnstridedCNN((3, 20), 10), normal(6, 5, 6)
     params = randomized(shapes_of(model, 1, 5, 6))
@@ -101,7 +101,7 @@ def test_runs_in_a_loop_on_several_devices_do_not_mix():
 
     gradient = jax.grad(lambda p: jnp.sum(models.logits(model, {"params": p}, x) ** 2))
 
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("runs",))
+    mesh = cpu_mesh((2,), ("runs",))
     runs = jax.sharding.PartitionSpec("runs")
     spread = jax.shard_map(
         lambda rows: jax.lax.map(gradient, rows),

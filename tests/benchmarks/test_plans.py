@@ -24,6 +24,29 @@ made = {"stage": lambda: trees.resnet([(3, 512)])} | trees.TREES
 planned = {t: plans.plans(target, made[t](), names) for t, names in wanted.items()}
 print(json.dumps(planned))
 """
+# Optimizer steps and maps of test_meshes.py, on a mesh of a target's four devices.
+SPLIT = """
+import functools, json, sys
+import jax, numpy as np
+from benchmarks import targets
+devices = np.array(targets.devices(sys.argv[1])).reshape(2, 2)
+sys.path.append("tests")
+import meshes, test_meshes
+mesh = jax.sharding.Mesh(devices, ("data", "model"))
+there = functools.partial(test_meshes.abstract, mesh)
+params, moved = there(jax.eval_shape(test_meshes.network)), {}
+for name in json.loads(sys.argv[2]):
+    if name in test_meshes.MAPS:
+        run, most, given = *test_meshes.MAPS[name], (params,)
+    else:
+        tx, most = test_meshes.LINKS[name]
+        run, given = tx.update, (params, there(jax.eval_shape(tx.init, params)), params)
+    text = jax.jit(run).lower(*given).compile().as_text()
+    moved[name] = max(meshes.collectives(text).values(), default=0), most
+print(json.dumps(moved))
+"""
+SPLIT_PROGRAMS = ["volumized(adam)", "volumized_laprop", "quantize_every", "add_weissi"]
+SPLIT_PROGRAMS += ["add_weissi(spectral)", "add_shifted_l2", "vjp(equivalent_norm)"]
 LEAVES = {"resnet50": 161, "stage": 35, "8x2048x2048": 8, "4x4096x4096": 4}
 ONCE = 4  # kernels of a step that work on scalars, such as Adam's bias corrections
 STEPS = ("volumized(adam)", "chain(adam, volumize)", "volumized_laprop")
@@ -96,11 +119,15 @@ def planned():
 
 
 @pytest.fixture
-def plan(target, tree, program, planned, request):
+def compiler(target, request):
     absent = targets.missing(target)
     if absent and "plans" not in request.config.option.markexpr:
         pytest.skip(f"{', '.join(absent)} not installed: see the extra {target}")
     assert not absent
+
+
+@pytest.fixture
+def plan(target, tree, program, compiler, planned):
     return planned(target)[tree][program]
 
 
@@ -137,12 +164,23 @@ print(json.dumps([plan[:3] for plan in planned]))
 """
 
 
-def test_a_training_step_is_planned_as_without_us(request):
+@pytest.mark.parametrize("target", ["h100"])
+def test_a_training_step_is_planned_as_without_us(target, compiler):
     """In kernels, bytes and temporaries, to a tenth."""
-    absent = targets.missing("h100")
-    if absent and "plans" not in request.config.option.markexpr:
-        pytest.skip(f"{', '.join(absent)} not installed: see the extra h100")
     command = [sys.executable, "-c", TRAINING]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     ours, plain = json.loads(ran.stdout)
     assert all(own <= 1.1 * other for own, other in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("target", targets.TARGETS)
+def test_no_weight_moves_between_four_devices(target, compiler):
+    """Of FSDP, tensor parallelism and both: see test_meshes.py."""
+    command = [sys.executable, "-c", SPLIT, target, json.dumps(SPLIT_PROGRAMS)]
+    printed = subprocess.run(
+        command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, timeout=300
+    ).stdout
+    moved = json.loads(printed)
+    assert list(moved) == SPLIT_PROGRAMS
+    for name, (numbers, most) in moved.items():
+        assert numbers <= most, name

@@ -6,6 +6,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -16,6 +17,8 @@ from benchmarks import models, networks, train
 from benchmarks.methods import METHODS
 from benchmarks.settings import Settings
 
+# Bits are compared, so all is computed where the runs are.
+pytestmark = pytest.mark.usefixtures("cpu_mesh")
 OUTPUT = "Dense_1/kernel"  # of the small networks here
 
 
@@ -40,7 +43,8 @@ def started(mapping, seeds, hyper, data, method=METHODS["volumization"], **kwarg
     build = functools.partial(method.build, base="adam", output=OUTPUT)
     given = {"model": networks.MLP((16,), 10), "classes": 10, "optimizer": build}
     given |= {"batch": 20} | kwargs
-    runs = train.Population(train.Training(**given), arrays, mapping)
+    devices = meshes.cpu_devices()
+    runs = train.Population(train.Training(**given), arrays, mapping, devices)
     return runs, runs.start(seeds, hyper, labels)
 
 
@@ -67,14 +71,14 @@ def test_a_run_does_not_depend_on_the_others(mapping, digits):
 
 
 @pytest.mark.parametrize("mapping", train.MAPPINGS)
-def test_runs_are_spread_over_all_devices(mapping, digits):
+def test_runs_are_spread_over_all_devices(mapping, digits, cpu_mesh):
     """Nine runs on eight devices, which are filled up to two runs each."""
     seeds, hyper = list(range(9)), [HYPER[i % 3] for i in range(9)]
     runs, progress = started(mapping, seeds, hyper, digits)
     after, measured = runs.epoch(progress)
-    assert len(jax.devices()) == 8
+    mesh = cpu_mesh((8,), ("runs",))
     for leaf in jax.tree.leaves(after):
-        assert leaf.sharding.device_set == set(jax.devices())
+        assert leaf.sharding.device_set == set(mesh.devices)
         assert [len(shard.data) for shard in leaf.addressable_shards] == [2] * 8
     together = runs.networks(after)
     assert len(together) == len(measured.accuracy) == 9
@@ -214,7 +218,7 @@ def test_networks_are_folded_and_their_sensitivity_measured(mapping, digits):
     y = digits.y_train[:60]
     labels = train.Labels(jnp.tile(y, (2, 1)), jnp.tile(digits.y_test, (2, 1)))
     training = mapped("enc_eq22", sensitivity=40)
-    runs = train.Population(training, arrays, mapping)
+    runs = train.Population(training, arrays, mapping, meshes.cpu_devices())
     progress, measured = runs.epoch(runs.start([0, 1], [ENC, ENC], labels))
     for i, network in enumerate(runs.networks(progress)):
         for layer in ("Dense_0", "Dense_1"):
@@ -291,7 +295,7 @@ def test_quantized_networks_are_what_is_measured(name, digits):
     chosen = Settings.of("digits", examples=96, methods=(name,))
     training = chosen.training(name, digits)
     hyper = {"learning_rate": 2e-3, "v": 0.3, "one_minus_alpha": 0.05}
-    runs = train.Population(training, arrays, "devices")
+    runs = train.Population(training, arrays, "devices", meshes.cpu_devices())
     progress = runs.start([0, 1], [hyper, hyper], labels)
     distances = []
     for _ in range(4):

@@ -317,9 +317,9 @@ def test_scales_have_derivatives(after):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharding(axis_type):
+def test_sharding(axis_type, cpu_mesh):
     """Of layers that are packed, and of the bits of those that are unpacked."""
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    mesh = cpu_mesh((4, 2), ("x", "y"), axis_type)
     place = lambda x, *spec: jax.device_put(  # noqa: E731
         x, NamedSharding(mesh, PartitionSpec(*spec))
     )
@@ -347,8 +347,8 @@ def test_sharding(axis_type):
         same_bits(tied["w"], expected)
 
 
-def test_inside_shard_map():
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+def test_inside_shard_map(cpu_mesh):
+    mesh = cpu_mesh((4,), ("x",))
     w, dims = weights((4, 5, 3)), {"w": Dims(1, 2)}
     packed = wr.pack({"w": w}, 0.5, "binary", dims=dims)
     layers = PartitionSpec("x")

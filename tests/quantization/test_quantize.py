@@ -12,7 +12,6 @@ import pytest
 import quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
@@ -237,21 +236,6 @@ def test_traced_steps_levels_of_a_population_and_derivatives():
     state.hyperparams["volume"] = jnp.asarray(0.25)
     updates, _ = injected.update(params, state, params)
     np.testing.assert_allclose((params["w"] + updates["w"])[0], [0.25, -0.25])
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_weights(axis_type):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
-    sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
-    whole = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
-    params = {"w": jax.device_put(whole, sharding)}
-    for levels, quantize in QUANTIZERS.items():
-        got = jax.jit(lambda p, q=quantize: q(p, 0.5))(params)
-        same_bits(got["w"], reference(whole, 0.5, levels).astype(np.float32))
-        assert got["w"].sharding.is_equivalent_to(sharding, 2)
-        far = jax.jit(lambda p, n=levels: wr.level_distances(p, 0.5, n))(params)
-        near = wr.level_distances({"w": jnp.asarray(whole)}, 0.5, levels)
-        chex.assert_trees_all_close(jax.device_get(far), near, rtol=1e-6)
 
 
 def test_updates_too_narrow_to_reach_a_level_are_widened():

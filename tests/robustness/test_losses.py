@@ -258,8 +258,8 @@ def test_nan_logits_stay_in_their_examples():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_losses_keep_the_sharding_of_the_batch(axis_type):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+def test_losses_keep_the_sharding_of_the_batch(axis_type, cpu_mesh):
+    mesh = cpu_mesh((8,), ("x",), axis_type)
     rng = np.random.default_rng(0)
     z = rng.normal(size=(16, 3)).astype(np.float32)
     y = rng.integers(0, 3, 16).astype(np.int32)

@@ -81,9 +81,9 @@ def split(mesh, *arrays):
 @pytest.mark.parametrize("batch_size", [8, 20, 47, None])
 @pytest.mark.parametrize("name", MEASURES)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_no_example_leaves_its_device(axis_type, name, batch_size):
+def test_no_example_leaves_its_device(axis_type, name, batch_size, cpu_mesh):
     measure = MEASURES[name]
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+    mesh = cpu_mesh((8,), ("d",), axis_type)
     want = measure(probability, X, LABELS)
     f = lambda x, y: measure(probability, x, y, batch_size=batch_size)  # noqa: E731
     with jax.set_mesh(mesh):
@@ -96,15 +96,15 @@ def test_no_example_leaves_its_device(axis_type, name, batch_size):
     chex.assert_trees_all_close(got, want, rtol=1e-5)
 
 
-def test_what_is_gathered_is_seen():
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+def test_what_is_gathered_is_seen(cpu_mesh):
+    mesh = cpu_mesh((8,), ("d",))
     x, _ = split(mesh, X, LABELS)
     assert moved(quick.jit(lambda x: x[:9].reshape(3, 3, 6)).lower(x).compile())
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_any_number_of_devices_and_batches_smaller_than_it(axis_type):
-    mesh = jax.make_mesh((6,), ("d",), axis_types=(axis_type,))
+def test_any_number_of_devices_and_batches_smaller_than_it(axis_type, cpu_mesh):
+    mesh = cpu_mesh((6,), ("d",), axis_type)
     want = wr.jacobian_norms(probability, X, LABELS)
     with jax.set_mesh(mesh):
         x, _ = split(mesh, X, LABELS)

@@ -195,8 +195,8 @@ def test_memory_does_not_grow_with_the_examples(probes):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("probes", [None, 2])
-def test_on_eight_devices(axis_type, probes):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+def test_on_eight_devices(axis_type, probes, cpu_mesh):
+    mesh = cpu_mesh((8,), ("d",), axis_type)
     f = functools.partial(relu_network, mlp(0, (6, 8, 3)))
     more = {} if probes is None else {"probes": probes, "key": jax.random.key(0)}
     x = normal(16, 6)

@@ -369,8 +369,8 @@ def test_weights_without_elements():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_keeps_the_sharding_of_eight_devices(axis_type):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+def test_keeps_the_sharding_of_eight_devices(axis_type, cpu_mesh):
+    mesh = cpu_mesh((4, 2), ("x", "y"), axis_type)
     cases = [
         ((8, 4), None, ("x", "y")),
         ((3, 3, 2, 8), None, (None, None, "y", "x")),
@@ -389,8 +389,8 @@ def test_keeps_the_sharding_of_eight_devices(axis_type):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_each_device_has_the_gram_matrices_of_its_own_layers():
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+def test_each_device_has_the_gram_matrices_of_its_own_layers(cpu_mesh):
+    mesh = cpu_mesh((4, 2), ("x", "y"), AxisType.Explicit)
     with jax.set_mesh(mesh):
         p = jax.device_put(jnp.ones((4, 6, 2)), PartitionSpec("x", None, "y"))
         jaxpr = jax.make_jaxpr(lambda p: step(p, p, 0.3, Dims(1, 2)))(p)
@@ -400,8 +400,8 @@ def test_each_device_has_the_gram_matrices_of_its_own_layers():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_derivatives_of_weights_on_eight_devices(axis_type):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+def test_derivatives_of_weights_on_eight_devices(axis_type, cpu_mesh):
+    mesh = cpu_mesh((4, 2), ("x", "y"), axis_type)
     p = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)
     grad = jax.jit(jax.grad(lambda p, beta: jnp.sum(step(p, p, beta) ** 2), (0, 1)))
     expected = grad(p, 0.3)
@@ -412,8 +412,8 @@ def test_derivatives_of_weights_on_eight_devices(axis_type):
     chex.assert_trees_all_close(jax.device_get(got), expected, rtol=1e-4)
 
 
-def test_inside_shard_map_whole_weights_are_stepped():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+def test_inside_shard_map_whole_weights_are_stepped(cpu_mesh):
+    mesh = cpu_mesh((8,), ("x",))
     p = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 3)), jnp.float32)
     run = lambda p: step(p, 0 * p, 0.1, Dims(1, 2))  # noqa: E731
     spec = PartitionSpec("x")

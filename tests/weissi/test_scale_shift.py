@@ -640,9 +640,9 @@ def test_transformations_of_jax():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_shardings_are_kept(axis_type):
+def test_shardings_are_kept(axis_type, cpu_mesh):
     """Of stacks that are split too, whose norms are needed on every device."""
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
+    mesh = cpu_mesh((4, 2), ("x", "y"), axis_type)
     specs = {
         "a": {"kernel": PartitionSpec("x", None, "y"), "bias": PartitionSpec("x", "y")},
         "b": {"kernel": PartitionSpec("y", "x")},

@@ -324,7 +324,7 @@ def power_iteration(
     own = lambda x: tuple(range(len(stack), x.ndim))  # noqa: E731
 
     def product(x, of_x, y, of_y, out) -> jax.Array:  # A reshape loses shardings.
-        where = placed(weight, out, None if out is both else stack)
+        where = placed(weight, out, None)
         return jnp.einsum(
             x, of_x, y, of_y, out, precision=lax.Precision.HIGHEST, out_sharding=where
         )
@@ -334,15 +334,20 @@ def power_iteration(
         return jnp.where(size > 0, x * (1 / or_one(size)), otherwise)
 
     fixed, right = lax.stop_gradient((scaled, vector.astype(scaled.dtype)))
-    left = product(fixed, both, right, columns, rows) * 0
+    # The first vector is whole on every device. For its matrix product with a weight
+    # that devices split, XLA may gather the weight, but not for a sum of products.
+    beside = jnp.transpose(right, [columns.index(a) for a in sorted(columns)])
+    image = jnp.einsum(fixed * jnp.expand_dims(beside, axes.inputs), both, rows)
+    left = image * 0
     for _ in range(iterations):
-        left = unit(product(fixed, both, right, columns, rows), left)
+        left = unit(image, left)
         right = unit(product(fixed, both, left, rows, columns), right)
+        image = product(fixed, both, right, columns, rows)
     sigma = left * product(scaled, both, right, columns, rows)
     direction = product(left, rows, right, columns, both)
     sigma = jnp.expand_dims(jnp.sum(sigma, own(sigma)), axes.inputs + axes.outputs)
-    size = Scaled(sigma, 1 - exponent_of(scale))
-    return size, direction, right.astype(vector.dtype)
+    right = gathered(right, range(len(stack)))  # as it was given
+    return Scaled(sigma, 1 - exponent_of(scale)), direction, right.astype(vector.dtype)
 
 
 def start_vector(weight: jax.Array, axes: Axes, key: jax.Array) -> jax.Array:

@@ -151,6 +151,8 @@ def equivalent_norm(
       The map, a function from parameters to parameters of the same structure, shapes
       and dtypes, with a method ``init``. Leaves that are no weights are passed on as
       they are. Arithmetic is in float32 at least, and right for weights of any size.
+      Inside of ``jax.shard_map`` the weights must be whole, since the norm of a shard
+      is not the norm of its unit or layer.
 
     Raises:
       ValueError: ``scope`` is neither, or ``alpha`` is not positive and finite. On a

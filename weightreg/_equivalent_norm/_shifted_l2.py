@@ -144,7 +144,8 @@ def add_shifted_l2(
 
     Returns:
       A transformation that needs ``params``. Updates keep their dtype, and the gradient
-      is computed in float32 at least.
+      is computed in float32 at least. Inside of ``jax.shard_map`` the weights must be
+      whole.
 
     Raises:
       ValueError: A number is negative, infinite or NaN, ``scope`` is neither, ``mask``

@@ -173,7 +173,8 @@ def he_volume(
 
     Returns:
       A function from parameters to a tree of volumes, ``None`` where a leaf is no
-      weight.
+      weight. Inside of ``jax.shard_map`` it would take the fans of a device's shard:
+      where weights are split there, call it outside, and pass its tree as the volume.
 
     Raises:
       ValueError: ``fan`` is none of the three, or ``v`` is negative or NaN.

@@ -217,7 +217,8 @@ def add_weissi(
 
     Returns:
       A transformation that needs ``params``. Updates keep their dtype, and the gradient
-      is computed in float32 at least.
+      is computed in float32 at least. Inside of ``jax.shard_map`` the weights must be
+      whole.
 
     Raises:
       ValueError: A strength or an exponent is negative, infinite or NaN, a norm is none
