@@ -258,6 +258,12 @@ def attention(*args, **kwargs):
 
 
 # A name is that of the class, and after a colon what of it is tried.
+# The scales of nnx.WeightNorm are trained since Flax 0.12.12, and before are not.
+TRAINED = nnx.state(
+    nnx.WeightNorm(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), nnx.Param
+)
+SCALES = {"scales/(/kernel/,)": "scale"} if "scales" in TRAINED else {}
+
 CASES = {
     "Linear": Case(linear(3, 5), [x(2, 3)], dense(input_shape=(2, 3))),
     "Linear: no bias": Case(
@@ -460,17 +466,16 @@ CASES = {
     "InstanceNorm": Case(
         lambda rngs: nnx.InstanceNorm(3, rngs=rngs), [x(2, 4, 5, 3)], NORM
     ),
-    # Its scales are no parameters.
     "WeightNorm": Case(
         lambda rngs: nnx.WeightNorm(nnx.Linear(3, 5, rngs=rngs), rngs=rngs),
         [x(2, 3)],
-        dense("layer_instance", combined=True, input_shape=(2, 3)),
+        dense("layer_instance", combined=True, input_shape=(2, 3)) | SCALES,
         abstract=False,
     ),
     "WeightNorm: convolution": Case(
         lambda rngs: nnx.WeightNorm(nnx.Conv(3, 5, (4,), rngs=rngs), rngs=rngs),
         [x(2, 9, 3)],
-        dense("layer_instance", "window in out", combined=True),
+        dense("layer_instance", "window in out", combined=True) | SCALES,
         abstract=False,
     ),
     "WeightNorm: no scale": Case(
@@ -645,6 +650,8 @@ WITHOUT = {
     "Module": "is abstract",
     "RNNCellBase": "is abstract",
 }
+if hasattr(nnx, "RoPE"):  # since Flax 0.12.12
+    WITHOUT["RoPE"] = "has no parameters"
 
 
 @pytest.mark.parametrize("name", CASES)
