@@ -689,7 +689,7 @@ def test_bits_that_were_cut_are_refused_by_the_layer_they_are_in():
     packed = wr.pack(quick.jit(model.init)(KEY, x)["params"], 0.3, "binary")
     kernel = packed["layers_1"]["kernel"]
     packed["layers_1"]["kernel"] = dataclasses.replace(kernel, bits=kernel.bits[0])
-    words = r"Dense at 'layers_1'.*\(8,\) for 'kernel'.*\(8, 8\) have \(1, 8\).*dims="
+    words = r"'kernel' of Dense at 'layers_1'.*\(8, 1\).*have \(1, 8, 1\).*dims="
     with pytest.raises(ValueError, match=words):
         from_bits(model, {"params": packed}, x)
 

@@ -1,6 +1,5 @@
 """Modules for Flax's linen: ``import weightreg.linen``."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from flax.typing import Dtype
 from jax.typing import ArrayLike
 
 from weightreg._core._arguments import is_real
-from weightreg._core._packed_weight import PackedWeight, register_state
+from weightreg._core._packed_weight import PackedWeight, check_bits, register_state
 from weightreg._core._weights import is_packed
 from weightreg._equivalent_norm._equivalent_norm import (
     NormMap,
@@ -22,7 +21,6 @@ from weightreg._equivalent_norm._equivalent_norm import (
     warn_of_zeros,
 )
 from weightreg._quantization._pack import unpack
-from weightreg._quantization._quantize import PLANES
 from weightreg._weissi._parseval import convex_sum, initial_logits
 
 register_state(register_serialization_state)
@@ -271,7 +269,7 @@ def unpack_layers(
     if not packed or not hasattr(context.module, context.method_name):
         return next_fun(*args, **kwargs)
     for name, content in packed.items():
-        _check_bits(context.module, name, content)
+        check_bits(content, f"{name!r} of {_describe(context.module)}")
     if context.method_name == "setup":
         raise ValueError(
             f"{_describe(context.module)} makes packed parameters "
@@ -306,16 +304,3 @@ def _packed_in(value: Any) -> PackedWeight | None:
 def _describe(module: nn.Module) -> str:
     """A module by its class and path."""
     return f"{type(module).__name__} at {'/'.join(module.path)!r}"
-
-
-def _check_bits(module: nn.Module, name: str, packed: PackedWeight) -> None:
-    """Refuses bits of which something else has been cut out than a layer."""
-    size = -(-math.prod(packed.shape) // 8)
-    expected = (*packed.scale.shape, PLANES[packed.levels], size)
-    if packed.bits.shape != expected:
-        raise ValueError(
-            f"{_describe(module)} has bits of shape {packed.bits.shape} for {name!r}, "
-            f"where {packed.levels} weights {packed.shape} have {expected}: they have "
-            "been sliced. Pack with dims=wr.trace_network(fn, params, x), with layers "
-            "along axis 0, or unpack them before."
-        )
