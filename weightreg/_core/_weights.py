@@ -437,9 +437,7 @@ def stack_axes(
     return found
 
 
-def likely_input_axes(
-    params: Any, mask: Mask, dims: Dims
-) -> list[tuple[int, ...]]:
+def likely_input_axes(params: Any, mask: Mask, dims: Dims) -> list[tuple[int, ...]]:
     """The axes that a unit of each leaf sums over, for what no result depends on.
 
     Of several readings it is the first one, and without any the last axis numbers
