@@ -21,6 +21,7 @@ from weightreg._equivalent_norm._equivalent_norm import (
     warn_of_zeros,
 )
 from weightreg._quantization._pack import unpack
+from weightreg._quantization._product import dot_general_of
 from weightreg._weissi._parseval import convex_sum, initial_logits
 
 register_state(register_serialization_state)
@@ -283,12 +284,21 @@ def unpack_layers(
         known = {name: unpack(tree[name], after=inputs) for name in packed}
         return {"params": {**tree, **known}}
 
-    call = nn.map_variables(
-        lambda module: getattr(module, context.method_name)(*args, **kwargs),
-        "params",
-        trans_in_fn=unpacked,
-    )
+    def run(module):
+        layer = _multiplied(module, packed)
+        return getattr(layer, context.method_name)(*args, **kwargs)
+
+    call = nn.map_variables(run, "params", trans_in_fn=unpacked)
     return call(context.module)
+
+
+def _multiplied(module: nn.Module, packed: dict[str, PackedWeight]) -> nn.Module:
+    """Lets a dense layer multiply with bits, unless it has a product of its own."""
+    dense = type(module) in (nn.Dense, nn.DenseGeneral) and set(packed) == {"kernel"}
+    if not dense or module.dot_general or module.dot_general_cls:
+        return module
+    product = dot_general_of(packed["kernel"])
+    return module.clone(parent=module.scope, dot_general=product)
 
 
 def _packed_in(value: Any) -> PackedWeight | None:

@@ -57,11 +57,11 @@ def assert_near(got, x, packed):
 EXTREMES = [0.0, -0.0, 1.0, 3e38, -3e38, 6e4, 1e-30, np.inf, -np.inf, np.nan]
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(deadline=None, max_examples=12, derandomize=True)
 @example((2,), 9, 3, "float32", "ternary", "sums", [np.inf])
 @example((2,), 9, 3, "float32", "ternary", "tables", [np.inf])
 @given(
-    rows=st.lists(st.integers(0, 3), max_size=2).map(tuple),
+    rows=st.lists(st.integers(1, 3), max_size=2).map(tuple),
     inputs=st.integers(1, 20),
     units=st.integers(1, 5),
     dtype=st.sampled_from(DTYPES),

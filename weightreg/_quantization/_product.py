@@ -1,6 +1,8 @@
 """Products with packed weights, which are computed from their bits where that pays."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -102,6 +104,24 @@ def _real(x: Any) -> jax.Array:
     return jnp.asarray(x)
 
 
+def dot_general_of(packed: PackedWeight) -> Callable[..., jax.Array]:
+    """Stands for ``jax.lax.dot_general`` in a layer that is given its kernel unpacked.
+
+    The kernel, of which nothing is used but its dtype, is then not made. Where a layer
+    asks for more than the plain product it is what is multiplied.
+    """
+
+    def dot_general(x, kernel, dimension_numbers, precision=None, **given):
+        contracted, batch = dimension_numbers
+        more = any(value is not None for value in (precision, *given.values()))
+        if more or any(map(tuple, batch)) or x.dtype != kernel.dtype:
+            return lax.dot_general(x, kernel, dimension_numbers, precision, **given)
+        scale = packed.scale.astype(kernel.dtype)
+        return dot(x, dataclasses.replace(packed, scale=scale), *contracted)
+
+    return dot_general
+
+
 class _Axes(NamedTuple):
     """The axes that are summed over, in the order of a row of bits where it has them.
 
@@ -159,7 +179,7 @@ def _best(x: jax.Array, packed: PackedWeight, axes: _Axes) -> jax.Array:
     @product.def_vmap
     def batched(size, batched, x, packed):
         """Rows are counted with those of a batch, unless each has its own weight."""
-        of_x, of_packed = batched
+        _, of_packed = batched
         if not any(jax.tree.leaves(of_packed)):
             moved = _Axes(tuple(a + 1 for a in axes.x), axes.weight)
             return _best(x, packed, moved), True
