@@ -244,8 +244,9 @@ def unpack_layers(model: nnx.Module, packed: Any) -> Any:
       >>> import weightreg as wr
       >>> import weightreg.nnx
       >>> from flax import nnx
-      >>> layers = nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 2, rngs=nnx.Rngs(1))
-      >>> model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 2, rngs=nnx.Rngs(1))
+      ... )
       >>> packed = wr.pack(nnx.state(model, nnx.Param), 0.5, "binary")
       >>> small = weightreg.nnx.unpack_layers(model, packed)
       >>> nnx.jit(lambda model, x: model(x))(small, jnp.ones((1, 4))).shape

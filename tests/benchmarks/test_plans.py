@@ -18,10 +18,26 @@ ROOT = pathlib.Path(__file__).parents[2]
 # JAX chooses its platforms once in a process, so each target has one of its own.
 PLAN = """
 import json, sys
-from benchmarks import plans, trees
+from benchmarks import plans, targets, trees
 target, wanted = sys.argv[1], json.loads(sys.argv[2])
 made = {"stage": lambda: trees.resnet([(3, 512)])} | trees.TREES
 planned = {t: plans.plans(target, made[t](), names) for t, names in wanted.items()}
+
+import jax, jax.numpy as jnp
+import weightreg as wr
+
+def network(layers, x):
+    for layer in layers:
+        x = jnp.tanh(wr.packed_matmul(x, layer))
+    return x
+
+planned["products"] = {}
+for levels in ("binary", "ternary"):
+    kernel = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    packed = jax.eval_shape(lambda w: wr.pack(w, 0.1, levels, mask=True), kernel)
+    x = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16)
+    plan = targets.plan(target, network, ([packed] * 2, x))
+    planned["products"][levels] = plan._asdict()
 print(json.dumps(planned))
 """
 LEAVES = {"resnet50": 161, "stage": 35, "8x2048x2048": 8, "4x4096x4096": 4}
@@ -97,14 +113,32 @@ def planned():
 
 @pytest.fixture
 def plan(target, tree, program, planned, request):
+    check_asked(target, request)
+    return planned(target)[tree][program]
+
+
+def check_asked(target, request):
+    """Skips a test without its compiler, unless plans are asked for."""
     absent = targets.missing(target)
     if absent and "plans" not in request.config.option.markexpr:
         pytest.skip(f"{', '.join(absent)} not installed: see the extra {target}")
     assert not absent
-    return planned(target)[tree][program]
 
 
 @pytest.mark.parametrize(("target", "tree", "program", "kernels", "moved"), ROWS)
 def test_a_plan_has_few_kernels_and_bytes(plan, tree, kernels, moved):
     assert plan["kernels"] <= kernels * LEAVES[tree] + ONCE
     assert plan["bytes"] <= moved + 0.1
+
+
+@pytest.mark.parametrize("levels", ["binary", "ternary"])
+@pytest.mark.parametrize("target", targets.TARGETS)
+def test_products_with_bits_make_no_kernel_of_a_layer(target, levels, planned, request):
+    """For one row: two layers of 4096 x 4096, of which an H100 makes a kernel each."""
+    check_asked(target, request)
+    plan, size = planned(target)["products"][levels], 4096**2
+    bits = {"binary": 1, "ternary": 2}[levels] * 2 * size / 8
+    assert plan["temporary_bytes"] < size / 100
+    if target == "h100":
+        assert plan["kernels"] == 2
+        assert bits < plan["bytes"] < 1.02 * bits
