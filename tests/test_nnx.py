@@ -554,5 +554,7 @@ def test_what_cannot_run_from_bits_is_refused():
     bare = nnx.Linear(6, 9, use_bias=False, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"\['bias'\].*the model has nothing"):
         weightreg.nnx.unpack_layers(bare, packed)
-    with pytest.raises(TypeError, match="model must be a module of nnx, not custom_jvp"):
+    with pytest.raises(
+        TypeError, match="model must be a module of nnx, not custom_jvp"
+    ):
         weightreg.nnx.unpack_layers(nnx.relu, packed)

@@ -12,7 +12,7 @@ from flax.typing import Dtype
 from jax.typing import ArrayLike
 
 from weightreg._core._arguments import is_real
-from weightreg._core._packed_weight import PackedWeight, check_bits, register_state
+from weightreg._core._packed_weight import PackedWeight, register_state
 from weightreg._core._weights import is_packed
 from weightreg._equivalent_norm._equivalent_norm import (
     NormMap,
@@ -20,7 +20,7 @@ from weightreg._equivalent_norm._equivalent_norm import (
     equivalent_norm,
     warn_of_zeros,
 )
-from weightreg._quantization._pack import unpack
+from weightreg._quantization._pack import check_bits, unpack
 from weightreg._quantization._product import dot_general_of
 from weightreg._weissi._parseval import convex_sum, initial_logits
 

@@ -104,7 +104,7 @@ def test_a_row_for_each_unit_as_far_as_they_are_known(name):
     params = {name: {own: weights(shape), **beside}}
     mask = {name: {key: key == own for key in params[name]}}
     packed = wr.pack(params, 0.5, "binary", mask=mask)[name][own]
-    assert packed.unit_axes == units
+    assert packed.input_axes == tuple(a for a in range(len(shape)) if a not in units)
     assert packed.bits.shape[1] == math.prod(shape[a] for a in units)
     same_bits(wr.unpack(packed), wr.binarize(params[name][own], 0.5, mask=True))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,40 +55,6 @@ class PackedWeight:
     def dtype(self) -> jnp.dtype:
         """The dtype of the weights."""
         return self.scale.dtype
-
-    @property
-    def unit_axes(self) -> tuple[int, ...]:
-        """The axes of ``shape`` that number the rows of bits."""
-        return tuple(a for a in range(len(self.shape)) if a not in self.input_axes)
-
-
-# The planes of bits that weights have.
-PLANES = {"binary": 1, "ternary": 2}
-
-
-def row_sizes(packed: PackedWeight) -> tuple[int, int]:
-    """How many rows of bits there are in a plane, and how many weights in a row."""
-    axes = packed.unit_axes, packed.input_axes
-    units, inputs = (math.prod(packed.shape[a] for a in own) for own in axes)
-    return units, inputs
-
-
-def bits_shape(packed: PackedWeight) -> tuple[int, ...]:
-    """The shape of the bits of a weight out of which nothing has been cut."""
-    units, inputs = row_sizes(packed)
-    return (*packed.scale.shape, PLANES[packed.levels], units, -(-inputs // 8))
-
-
-def check_bits(packed: PackedWeight, where: str = "a packed weight") -> None:
-    """Refuses bits of which something else has been cut out than a layer."""
-    expected = bits_shape(packed)
-    if packed.bits.shape != expected:
-        raise ValueError(
-            f"{where} has bits of shape {packed.bits.shape}, where {packed.levels} "
-            f"weights {packed.shape} have {expected}: they have been sliced, or are of "
-            "the first layout of bits. Pack with dims=wr.trace_network(fn, params, x), "
-            "with layers along axis 0, or unpack them before."
-        )
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -19,9 +19,10 @@ import numpy as np
 from jax.tree_util import DictKey, GetAttrKey
 
 from weightreg._core._arguments import KeyPath, show_path
-from weightreg._core._packed_weight import PLANES, PackedWeight, bits_shape, row_sizes
+from weightreg._core._packed_weight import PackedWeight
 from weightreg._core._weights import is_packed
-from weightreg._quantization._pack import unpack
+from weightreg._quantization._pack import bits_shape, row_sizes, unpack
+from weightreg._quantization._quantize import PLANES
 
 FORMAT = "weightreg.packed"
 VERSION = 2  # The first one had all bits of a layer in one row: see `_one_row`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.custom_batching import custom_vmap
 
 from weightreg._core._arguments import each, is_box, is_real, leaf_path
 from weightreg._core._mesh import gathered
-from weightreg._core._packed_weight import PackedWeight, check_bits, row_sizes
+from weightreg._core._packed_weight import PackedWeight
 from weightreg._core._weights import (
     Dims,
     Mask,
@@ -22,7 +23,13 @@ from weightreg._core._weights import (
     likely_input_axes,
     stack_axes,
 )
-from weightreg._quantization._quantize import check_levels, codes, level, scales_of
+from weightreg._quantization._quantize import (
+    PLANES,
+    check_levels,
+    codes,
+    level,
+    scales_of,
+)
 
 
 def pack(
@@ -197,7 +204,7 @@ def _encode(w, scale, levels, stacked, inputs) -> PackedWeight:
         stack_axes=stacked,
         input_axes=inputs,
     )
-    rows = [len(stack) + a for a in (*packed.unit_axes, *inputs)]
+    rows = [len(stack) + a for a in (*unit_axes(packed), *inputs)]
     w = w.transpose(*range(len(stack)), *rows)
     w = w.reshape(*stack, *row_sizes(packed))
     signs = codes(w, scale[..., None, None], levels)
@@ -207,7 +214,7 @@ def _encode(w, scale, levels, stacked, inputs) -> PackedWeight:
 
 @jax.jit
 def _decode(packed: PackedWeight) -> jax.Array:
-    stack, order = packed.scale.shape, (*packed.input_axes, *packed.unit_axes)
+    stack, order = packed.scale.shape, (*packed.input_axes, *unit_axes(packed))
     shape = tuple(packed.shape[a] for a in order)
     if not packed.bits.size:
         return _in_place(jnp.zeros((*stack, *packed.shape), packed.dtype), packed)
@@ -250,6 +257,36 @@ def levels_of(packed: PackedWeight, bits: jax.Array, axis: int) -> jax.Array:
 
 # Of the bits of a byte, the first one in its highest bit.
 _MASKS = 1 << np.arange(7, -1, -1, dtype=np.uint8)
+
+
+def unit_axes(packed: PackedWeight) -> tuple[int, ...]:
+    """The axes of a layer that number its rows of bits."""
+    return tuple(a for a in range(len(packed.shape)) if a not in packed.input_axes)
+
+
+def row_sizes(packed: PackedWeight) -> tuple[int, int]:
+    """How many rows of bits there are in a plane, and how many weights in a row."""
+    axes = unit_axes(packed), packed.input_axes
+    units, inputs = (math.prod(packed.shape[a] for a in own) for own in axes)
+    return units, inputs
+
+
+def bits_shape(packed: PackedWeight) -> tuple[int, ...]:
+    """The shape of the bits of a weight out of which nothing has been cut."""
+    units, inputs = row_sizes(packed)
+    return (*packed.scale.shape, PLANES[packed.levels], units, -(-inputs // 8))
+
+
+def check_bits(packed: PackedWeight, where: str = "a packed weight") -> None:
+    """Refuses bits of which something else has been cut out than a layer."""
+    expected = bits_shape(packed)
+    if packed.bits.shape != expected:
+        raise ValueError(
+            f"{where} has bits of shape {packed.bits.shape}, where {packed.levels} "
+            f"weights {packed.shape} have {expected}: they have been sliced, or are of "
+            "the first layout of bits. Pack with dims=wr.trace_network(fn, params, x), "
+            "with layers along axis 0, or unpack them before."
+        )
 
 
 def _in_place(w: jax.Array, packed: PackedWeight) -> jax.Array:

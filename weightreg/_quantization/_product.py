@@ -12,9 +12,15 @@ from jax.custom_batching import custom_vmap
 
 from weightreg._core._arguments import compute_dtype, is_real
 from weightreg._core._mesh import placed
-from weightreg._core._packed_weight import PackedWeight, check_bits, row_sizes
+from weightreg._core._packed_weight import PackedWeight
 from weightreg._core._weights import is_packed
-from weightreg._quantization._pack import levels_of, unpack
+from weightreg._quantization._pack import (
+    check_bits,
+    levels_of,
+    row_sizes,
+    unit_axes,
+    unpack,
+)
 from weightreg._quantization._quantize import level
 
 # Sums that are fused with the unpacking: on an H100 a sketch took 0.6 of bfloat16's
@@ -216,7 +222,7 @@ def _in_rows(x: jax.Array, packed: PackedWeight, axes: _Axes, plan: Any) -> jax.
     """Runs a plan on a matrix of ``x`` whose rows are as long as those of the bits."""
     dtype = jnp.result_type(x, packed.dtype)
     rows = [a for a in range(x.ndim) if a not in axes.x]
-    shape = *(x.shape[a] for a in rows), *(packed.shape[a] for a in packed.unit_axes)
+    shape = *(x.shape[a] for a in rows), *(packed.shape[a] for a in unit_axes(packed))
     _, inputs = row_sizes(packed)
     x = x.transpose(*rows, *axes.x).reshape(-1, inputs).astype(compute_dtype(dtype))
     # Zeros meet the bits that are left of the last byte.

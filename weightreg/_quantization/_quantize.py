@@ -21,10 +21,12 @@ from weightreg._core._arguments import (
     leaf_path,
     replaced,
 )
-from weightreg._core._packed_weight import PLANES
 from weightreg._core._weights import Dims, Mask, stack_axes
 from weightreg._volumization._box import land, reach, round_to
 from weightreg._volumization._volumes import check_argument, volumes_of
+
+# The number of bits that `codes` gives for a weight.
+PLANES = {"binary": 1, "ternary": 2}
 
 
 def binarize(params: Any, volume: Any, *, mask: Mask = None, dims: Dims = None) -> Any:
