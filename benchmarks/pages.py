@@ -71,7 +71,8 @@ Of each result, the first table is the optimizer's part of a step alone, where n
 hides it; the second is whole training steps, and so is "step time" in
 [RESULTS.md](RESULTS.md). The third is inference: a folded network is an ordinary one.
 The last ones are inference from bits, all layers unpacked at once or one after
-another (`unpack_layers`); peaks are bytes that the compiled program is to hold.
+another (`unpack_layers`, which multiplies with bits where that pays); peaks are bytes
+that the compiled program is to hold.
 
 The wrapper `volumized` costs more than the link `volumize` because it needs the old
 weights twice, for the new ones and for the momentum; a form that reads which weights

@@ -206,8 +206,9 @@ def deployed(result: dict) -> tuple[list[str], list[list[str]], str]:
         )
     elif any("same_logits" in form for form in forms.values()):
         sentence += (
-            "Networks run from bits give the logits of the same network in float32, "
-            "bit for bit: all test examples, all seeds."
+            "Networks run from bits give the logits of the same network in float32: "
+            "all test examples, all seeds; bit for bit where kernels are unpacked, and "
+            "to rounding where products are made from bits."
         )
     return ["network", "stored as", "test accuracy", *FORM_COLUMNS], table, sentence
 

@@ -565,6 +565,36 @@ def test_one_layer_of_a_network_is_held_at_a_time(given):
     assert held < 1.2 * 128 * 128 * 4
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other plans on a GPU")
+def test_dense_layers_multiply_with_bits_unless_they_were_told_how():
+    """Of which no layer of 1024 units makes a kernel; the others give the same bits."""
+    x = jnp.asarray(RNG.normal(size=(2, 64)), jnp.float32)
+    plain = {"features": 1024}
+    for layer, multiplies in (
+        (nn.Dense(**plain), True),
+        (nn.Dense(**plain, use_bias=False, dtype=jnp.bfloat16), True),
+        (nn.DenseGeneral((8, 128)), True),
+        (nn.Dense(**plain, precision="highest"), False),
+        (nn.Dense(**plain, dot_general=jax.lax.dot_general), False),
+        (nn.Dense(**plain, dot_general_cls=lambda: jax.lax.dot_general), False),
+        (nn.DenseGeneral(1024, batch_dims=0), False),
+    ):
+        params = layer.init(KEY, x)["params"]
+        packed = wr.pack(params, 0.3, "binary", dims=traced(layer, params, x))
+        run = jax.jit(lambda p, layer=layer: from_bits(layer, {"params": p}, x))
+        apply = jax.jit(lambda p, layer=layer: layer.apply({"params": p}, x))
+        got, expected = run(packed), apply(wr.unpack(packed))
+        assert got.dtype == expected.dtype
+        held = run.lower(packed).compile().memory_analysis().temp_size_in_bytes
+        kernel = params["kernel"].size * got.dtype.itemsize
+        assert (held < kernel) == multiplies
+        if multiplies:
+            error = float(jnp.finfo(got.dtype).eps) * jnp.abs(expected).max()
+            np.testing.assert_allclose(got, expected, atol=4 * error)
+        else:
+            np.testing.assert_array_equal(got, expected)
+
+
 class Conditioned(nn.Module):
     """What comes first is known from the start."""
 
@@ -691,7 +721,7 @@ def test_bits_that_were_cut_are_refused_by_the_layer_they_are_in():
     packed = wr.pack(quick.jit(model.init)(KEY, x)["params"], 0.3, "binary")
     kernel = packed["layers_1"]["kernel"]
     packed["layers_1"]["kernel"] = dataclasses.replace(kernel, bits=kernel.bits[0])
-    words = r"Dense at 'layers_1'.*\(8,\) for 'kernel'.*\(8, 8\) have \(1, 8\).*dims="
+    words = r"'kernel' of Dense at 'layers_1'.*\(8, 1\).*have \(1, 8, 1\).*dims="
     with pytest.raises(ValueError, match=words):
         from_bits(model, {"params": packed}, x)
 

@@ -12,6 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
 import weightreg.linen
@@ -456,3 +457,104 @@ def test_networks_take_what_was_unpacked_of_their_state(kind):
         np.testing.assert_array_equal(got(IMAGES), expected)
     run = jax.jit(lambda p, x: nnx.merge(graph, wr.unpack(p))(x))
     np.testing.assert_allclose(run(packed, IMAGES), expected, rtol=1e-5, atol=1e-6)
+
+
+class Mixed(nnx.Module):
+    """Layers of many kinds, one of them shared, statistics, and what is noted."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.wide = nnx.Linear(4, 1024, rngs=rngs)
+        self.general = nnx.LinearGeneral(1024, (2, 4), rngs=rngs)
+        self.told = nnx.Linear(8, 8, precision="highest", rngs=rngs)
+        self.shared = self.told
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.own = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+    def __call__(self, x):
+        x = self.norm(self.conv(x)).mean((1, 2))
+        x = self.general(nnx.relu(self.wide(x))).reshape(len(x), 8)
+        x = self.shared(nnx.tanh(self.told(x)))
+        self.noted = nnx.Intermediate(x)
+        return self.attention(x[None])[0] @ self.own[...]
+
+
+def test_modules_run_from_bits():
+    model = Mixed(nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    packed = wr.pack(params, 0.3, "ternary")
+    small = weightreg.nnx.unpack_layers(model, packed)
+    graph, _, rest = nnx.split(model, nnx.Param, ...)
+    whole = nnx.merge(graph, wr.unpack(packed), rest, copy=True)
+    run = nnx.jit(lambda model, x: model(x))
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    near(run(small, IMAGES), run(whole, IMAGES))
+    near(small.norm.mean[...], whole.norm.mean[...])  # and so changed the statistics
+    near(small.noted[...], whole.noted[...])
+    assert isinstance(small.wide, nnx.Linear)
+    assert isinstance(small.wide.kernel.get_raw_value(), wr.PackedWeight)
+    assert isinstance(model.wide.kernel[...], jax.Array)
+    small.eval(), whole.eval()
+    graph, state = nnx.split(small)
+    pure = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    near(pure(state, IMAGES), whole(IMAGES))
+    mapped = jax.vmap(lambda x: pure(state, x[None])[0])
+    near(mapped(IMAGES)[:1], pure(state, IMAGES[:1]))
+
+
+def test_what_was_saved_of_bits_runs(tmp_path):
+    model = nnx.Sequential(nnx.Linear(6, 9, rngs=nnx.Rngs(0)), nnx.relu)
+    params = nnx.state(model, nnx.Param)
+    packed = wr.pack(params, 0.3, "binary")
+    small = weightreg.nnx.unpack_layers(model, packed)
+    x = jnp.ones((2, 6))
+    for tree in (packed, nnx.state(small, nnx.Param)):
+        wr.save_packed(tree, tmp_path / "network")
+        for like in (params, packed, nnx.state(small, nnx.Param)):
+            loaded = wr.load_packed(tmp_path / "network", like=like)
+            again = weightreg.nnx.unpack_layers(model, loaded)
+            np.testing.assert_array_equal(again(x), small(x))
+
+
+def test_one_layer_of_a_module_is_held_at_a_time():
+    model = nnx.Sequential(*[nnx.Linear(128, 128, rngs=nnx.Rngs(0)) for _ in range(6)])
+    packed = wr.pack(nnx.state(model, nnx.Param), 0.1, "binary")
+    graph, state = nnx.split(weightreg.nnx.unpack_layers(model, packed))
+    run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    held = run.lower(state, jnp.ones((4, 128))).compile().memory_analysis()
+    assert held.temp_size_in_bytes < 1.25 * 128 * 128 * 4
+
+
+def test_scanned_layers_run_from_bits_if_they_were_packed_layer_by_layer():
+    layers, h = stacked(), jnp.asarray(RNG.normal(size=(2, 4)), jnp.float32)
+    params = nnx.state(layers, nnx.Param)
+    graph, _, rest = nnx.split(layers, nnx.Param, ...)
+    run = nnx.jit(
+        nnx.scan(lambda h, b: b(h), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    )
+    axes = {"dense": {"bias": None, "kernel": Dims(1, 2)}, "sum": None}
+    packed = wr.pack(nnx.to_pure_dict(params), 0.3, "binary", dims=axes)
+    small = weightreg.nnx.unpack_layers(layers, nnx.State(packed))
+    whole = nnx.merge(graph, nnx.State(wr.unpack(packed)), rest)
+    np.testing.assert_allclose(run(h, small), run(h, whole), rtol=1e-5, atol=1e-6)
+    axes["dense"]["kernel"] = Dims((0, 1), 2)
+    whole = wr.pack(nnx.to_pure_dict(params), 0.3, "binary", dims=axes)
+    small = weightreg.nnx.unpack_layers(layers, nnx.State(whole))
+    with pytest.raises((ValueError, IndexError)):  # by nnx: a scale has no axis
+        run(h, small)
+
+
+def test_what_cannot_run_from_bits_is_refused():
+    model = nnx.Linear(6, 9, rngs=nnx.Rngs(0))
+    packed = wr.pack(nnx.state(model, nnx.Param), 0.3, "binary")
+    other = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"another network.*\(9,\).*\(8,\)"):
+        weightreg.nnx.unpack_layers(other, packed)
+    bare = nnx.Linear(6, 9, use_bias=False, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"\['bias'\].*the model has nothing"):
+        weightreg.nnx.unpack_layers(bare, packed)
+    with pytest.raises(
+        TypeError, match="model must be a module of nnx, not custom_jvp"
+    ):
+        weightreg.nnx.unpack_layers(nnx.relu, packed)

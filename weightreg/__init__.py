@@ -16,6 +16,7 @@ from weightreg._quantization._files import load_packed as load_packed
 from weightreg._quantization._files import save_packed as save_packed
 from weightreg._quantization._pack import pack as pack
 from weightreg._quantization._pack import unpack as unpack
+from weightreg._quantization._product import packed_matmul as packed_matmul
 from weightreg._quantization._quantize import binarize as binarize
 from weightreg._quantization._quantize import level_distances as level_distances
 from weightreg._quantization._quantize import quantize_every as quantize_every

@@ -1,6 +1,5 @@
 """Modules for Flax's linen: ``import weightreg.linen``."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,8 @@ from weightreg._equivalent_norm._equivalent_norm import (
     equivalent_norm,
     warn_of_zeros,
 )
-from weightreg._quantization._pack import unpack
-from weightreg._quantization._quantize import PLANES
+from weightreg._quantization._pack import check_bits, unpack
+from weightreg._quantization._product import dot_general_of
 from weightreg._weissi._parseval import convex_sum, initial_logits
 
 register_state(register_serialization_state)
@@ -271,7 +270,7 @@ def unpack_layers(
     if not packed or not hasattr(context.module, context.method_name):
         return next_fun(*args, **kwargs)
     for name, content in packed.items():
-        _check_bits(context.module, name, content)
+        check_bits(content, f"{name!r} of {_describe(context.module)}")
     if context.method_name == "setup":
         raise ValueError(
             f"{_describe(context.module)} makes packed parameters "
@@ -285,12 +284,21 @@ def unpack_layers(
         known = {name: unpack(tree[name], after=inputs) for name in packed}
         return {"params": {**tree, **known}}
 
-    call = nn.map_variables(
-        lambda module: getattr(module, context.method_name)(*args, **kwargs),
-        "params",
-        trans_in_fn=unpacked,
-    )
+    def run(module):
+        layer = _multiplied(module, packed)
+        return getattr(layer, context.method_name)(*args, **kwargs)
+
+    call = nn.map_variables(run, "params", trans_in_fn=unpacked)
     return call(context.module)
+
+
+def _multiplied(module: nn.Module, packed: dict[str, PackedWeight]) -> nn.Module:
+    """Lets a dense layer multiply with bits, unless it has a product of its own."""
+    dense = type(module) in (nn.Dense, nn.DenseGeneral) and set(packed) == {"kernel"}
+    if not dense or module.dot_general or module.dot_general_cls:
+        return module
+    product = dot_general_of(packed["kernel"])
+    return module.clone(parent=module.scope, dot_general=product)
 
 
 def _packed_in(value: Any) -> PackedWeight | None:
@@ -306,16 +314,3 @@ def _packed_in(value: Any) -> PackedWeight | None:
 def _describe(module: nn.Module) -> str:
     """A module by its class and path."""
     return f"{type(module).__name__} at {'/'.join(module.path)!r}"
-
-
-def _check_bits(module: nn.Module, name: str, packed: PackedWeight) -> None:
-    """Refuses bits of which something else has been cut out than a layer."""
-    size = -(-math.prod(packed.shape) // 8)
-    expected = (*packed.scale.shape, PLANES[packed.levels], size)
-    if packed.bits.shape != expected:
-        raise ValueError(
-            f"{_describe(module)} has bits of shape {packed.bits.shape} for {name!r}, "
-            f"where {packed.levels} weights {packed.shape} have {expected}: they have "
-            "been sliced. Pack with dims=wr.trace_network(fn, params, x), with layers "
-            "along axis 0, or unpack them before."
-        )

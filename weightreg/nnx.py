@@ -1,5 +1,6 @@
 """Modules for Flax's nnx: ``import weightreg.nnx``."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,14 +11,18 @@ from flax.serialization import register_serialization_state
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
+from weightreg._core._arguments import is_real, leaf_path
 from weightreg._core._network import Network
-from weightreg._core._packed_weight import register_state
+from weightreg._core._packed_weight import PackedWeight, register_state
+from weightreg._core._weights import is_packed
 from weightreg._equivalent_norm._equivalent_norm import (
     NormMap,
     check_wrapped,
     equivalent_norm,
     warn_of_zeros,
 )
+from weightreg._quantization._pack import check_bits, unpack
+from weightreg._quantization._product import dot_general_of
 from weightreg._tracing import _trace
 from weightreg._weissi._parseval import convex_sum, initial_logits
 
@@ -204,3 +209,109 @@ def _not_trained(module: nnx.Module) -> dict[Any, Any]:
     """What a module holds other than parameters, by path."""
     state = nnx.state(module, nnx.Not(nnx.Param))
     return dict(jax.tree_util.tree_leaves_with_path(state))
+
+
+def unpack_layers(model: nnx.Module, packed: Any) -> Any:
+    """A copy of a module that runs on what `weightreg.pack` made of its parameters.
+
+    Bits take the place of its weights, in the same ``nnx.Param``. Each layer unpacks
+    its own when it is called and its inputs are known, so that inside of ``nnx.jit`` a
+    call holds those of one layer at a time. ``nnx.Linear`` and ``nnx.LinearGeneral``
+    multiply as `weightreg.packed_matmul` does, unless they were given a precision or a
+    product of their own.
+
+    It is for inference. Only ``__call__`` of layers unpacks: leave out of the packing
+    what is read otherwise, as by ``nnx.Embed.attend``, with the ``mask`` of
+    `weightreg.pack`. Layers of ``nnx.scan`` and ``nnx.vmap`` have to be packed with
+    ``dims``, so that each has bits of its own, and to be stacked along axis 0. What a
+    call changes, such as statistics, is that of the copy.
+
+    Args:
+      model: A layer or a whole network. It stays as it is.
+      packed: What `weightreg.pack` made of ``nnx.state(model, nnx.Param)``, or
+        `weightreg.load_packed` read with this for ``like``.
+
+    Returns:
+      A module of the same kind, whose layers with packed weights are of subclasses.
+
+    Raises:
+      TypeError: ``model`` is no module.
+      ValueError: ``packed`` is of another network; or on a call, layers are scanned or
+        mapped that were packed without ``dims``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import weightreg as wr
+      >>> import weightreg.nnx
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 2, rngs=nnx.Rngs(1))
+      ... )
+      >>> packed = wr.pack(nnx.state(model, nnx.Param), 0.5, "binary")
+      >>> small = weightreg.nnx.unpack_layers(model, packed)
+      >>> nnx.jit(lambda model, x: model(x))(small, jnp.ones((1, 4))).shape
+      (1, 2)
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a module of nnx, not {type(model).__name__}.")
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    want, have = _shapes(params), _shapes(packed)
+    for path in {**want, **have}:
+        if want.get(path) != have.get(path):
+            raise ValueError(
+                f"packed is of another network than model: at {path} it has "
+                f"{have.get(path, 'nothing')}, where the model has "
+                f"{want.get(path, 'nothing')}. Pack nnx.state(model, nnx.Param)."
+            )
+    copy = nnx.merge(graph, packed, rest, copy=True)
+    for _, module in nnx.iter_modules(copy):
+        if _bits_of(module):
+            object.__setattr__(module, "__class__", _in_bits(type(module)))
+    return copy
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its path, as it is when it is unpacked."""
+    whole = jax.eval_shape(unpack, params)
+    leaves = jax.tree_util.tree_leaves_with_path(whole)
+    return {leaf_path(path): leaf.shape for path, leaf in leaves}
+
+
+def _bits_of(module: nnx.Module) -> dict[str, PackedWeight]:
+    """The packed weights that a module itself holds, by their names."""
+    variables = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
+    values = {name: variable.get_raw_value() for name, variable in variables.items()}
+    return {name: value for name, value in values.items() if is_packed(value)}
+
+
+def _is_plain(cls: type, own: dict[str, Any]) -> bool:
+    """Whether a layer is a dense one that was given no product of its own."""
+    if cls is nnx.LinearGeneral:
+        return own["dot_general"] is None and own["dot_general_cls"] is None
+    return cls is nnx.Linear and own["dot_general"] is jax.lax.dot_general
+
+
+@functools.cache  # One class for each, as graphs are compared by them.
+def _in_bits(cls: type) -> type:
+    """A subclass whose calls run on its weights, unpacked."""
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        bits = _bits_of(self)
+        inputs = [x for x in jax.tree.leaves((args, kwargs)) if is_real(x)]
+        own = dict(vars(self))
+        for name, packed in bits.items():
+            check_bits(packed, f"{name!r} of {cls.__name__}")
+            own[name] = nnx.Param(unpack(packed, after=inputs))
+        if _is_plain(cls, own) and "kernel" in bits:
+            own["dot_general"] = dot_general_of(bits["kernel"])
+        layer = object.__new__(cls)
+        vars(layer).update(own)
+        out = layer(*args, **kwargs)
+        # What the call has added, as sow does, belongs to the module.
+        for name, value in vars(layer).items():
+            if own.get(name) is not value:
+                setattr(self, name, value)
+        return out
+
+    named = {name: getattr(cls, name) for name in ("__module__", "__qualname__")}
+    return type(cls)(cls.__name__, (cls,), {**named, "__call__": call})

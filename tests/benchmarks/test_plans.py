@@ -18,10 +18,26 @@ ROOT = pathlib.Path(__file__).parents[2]
 # JAX chooses its platforms once in a process, so each target has one of its own.
 PLAN = """
 import json, sys
-from benchmarks import plans, trees
+from benchmarks import plans, targets, trees
 target, wanted = sys.argv[1], json.loads(sys.argv[2])
 made = {"stage": lambda: trees.resnet([(3, 512)])} | trees.TREES
 planned = {t: plans.plans(target, made[t](), names) for t, names in wanted.items()}
+
+import jax, jax.numpy as jnp
+import weightreg as wr
+
+def network(layers, x):
+    for layer in layers:
+        x = jnp.tanh(wr.packed_matmul(x, layer))
+    return x
+
+planned["products"] = {}
+for levels in ("binary", "ternary"):
+    kernel = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    packed = jax.eval_shape(lambda w: wr.pack(w, 0.1, levels, mask=True), kernel)
+    x = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16)
+    plan = targets.plan(target, network, ([packed] * 2, x))
+    planned["products"][levels] = plan._asdict()
 print(json.dumps(planned))
 """
 # Optimizer steps and maps of test_meshes.py, on a mesh of a target's four devices.
@@ -184,3 +200,17 @@ def test_no_weight_moves_between_four_devices(target, compiler):
     assert list(moved) == SPLIT_PROGRAMS
     for name, (numbers, most) in moved.items():
         assert numbers <= most, name
+
+
+@pytest.mark.parametrize("levels", ["binary", "ternary"])
+@pytest.mark.parametrize("target", targets.TARGETS)
+def test_products_with_bits_make_no_kernel_of_a_layer(
+    target, levels, compiler, planned
+):
+    """For one row: two layers of 4096 x 4096, of which an H100 makes a kernel each."""
+    plan, size = planned(target)["products"][levels], 4096**2
+    bits = {"binary": 1, "ternary": 2}[levels] * 2 * size / 8
+    assert plan["temporary_bytes"] < size / 100
+    if target == "h100":
+        assert plan["kernels"] == 2
+        assert bits < plan["bytes"] < 1.02 * bits

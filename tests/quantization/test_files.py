@@ -240,7 +240,7 @@ def test_what_a_file_says_to_others(tmp_path):
         assert fewer * sum(b.nbytes for b in bits) == size
         assert path.stat().st_size < size / fewer + 2000
         np.testing.assert_array_equal(bits[0], packed["a"].bits)
-        assert about["version"] == 1
+        assert about["version"] == 2
         assert about["leaves"]["['b']"] == {
             "keys": ["b"],
             "dtype": "float32",
@@ -248,6 +248,7 @@ def test_what_a_file_says_to_others(tmp_path):
             "levels": levels,
             "scale": float(np.float32(0.1)),
             "stack_axes": [],
+            "input_axes": [0],
         }
         assert about["leaves"]["['bias']"]["levels"] is None
 
@@ -354,8 +355,9 @@ def test_packed_weights_that_pack_does_not_make_are_not_saved(tmp_path):
         ({"levels": "octal"}, "levels 'octal'"),
         ({"shape": (-9, -5)}, r"shape \(-9, -5\)"),
         ({"stack_axes": (1, 0)}, r"stack_axes \(1, 0\), for a weight of 4 axes"),
-        ({"bits": good.bits[:1]}, r"bits uint8\[1, 6\] instead of uint8\[2, 6\]"),
-        ({"bits": good.bits.astype(jnp.int8)}, r"bits int8\[2, 6\] .*"),
+        ({"input_axes": (2,)}, r"input_axes \(2,\), for layers of 2 axes"),
+        ({"bits": good.bits[:1]}, r"bits uint8\[1, 5, 2\] instead of uint8\[2, 5, 2\]"),
+        ({"bits": good.bits.astype(jnp.int8)}, r"bits int8\[2, 5, 2\] .*"),
         ({"bits": good.bits | 1}, "bits that are set and belong to no weight"),
         ({"scale": good.scale.astype(jnp.int32)}, "of dtype int32"),
     ):

@@ -111,6 +111,14 @@ def test_the_rule_of_the_checksum_is_the_documented_one(forged):
         (STACKED, {"stack_axes": [False]}, "stack_axes"),
         (STACKED, {"stack_axes": [0, 0]}, "stack_axes"),
         (STACKED, {"stack_axes": [1, 0]}, "stack_axes"),
+        (KERNEL, {"input_axes": None}, "None"),
+        (KERNEL, {"input_axes": [1]}, "bits"),
+        (KERNEL, {"input_axes": [0, 1]}, "bits"),
+        (KERNEL, {"input_axes": [1, 0]}, "input_axes"),
+        (KERNEL, {"input_axes": [0.0]}, "input_axes"),
+        (KERNEL, {"input_axes": [False]}, "input_axes"),
+        (KERNEL, {"input_axes": [-2]}, "input_axes"),
+        (STACKED, {"input_axes": [2]}, r"input_axes \(2,\), for layers of 2 axes"),
         (STACKED, {"scale": [0.5]}, "reshape"),
         (STACKED, {"scale": [0.5, 0.25, 0.5]}, "reshape"),
         (STACKED, {"scale": [[0.5], [0.25]]}, "scale"),
@@ -173,7 +181,7 @@ def unflag(about, tensors):
 def lose_sign_rule(about, tensors):
     """Sets the signs of weights that are 0."""
     tensors[KERNEL][1] |= ~tensors[KERNEL][0]
-    tensors[KERNEL][1, -1] &= 0xF8
+    tensors[KERNEL][1, :, -1] &= 0x80
 
 
 @pytest.mark.parametrize(
@@ -197,7 +205,8 @@ def lose_sign_rule(about, tensors):
         (says(dicts=1), "dicts is 1"),
         (says(dicts=None), "dicts is None"),
         (says(more=0), "it says version, checksum, dicts, leaves, more"),
-        (says(version=2), "version 2.*reads 1"),
+        (says(version=1), "input_axes, of which version 1 knows nothing"),
+        (says(version=3), "version 3.*reads 1 and 2"),
         (says(version="1"), "version '1'"),
         (says(version=1.0), "version 1.0"),
         (says(version=True), "version True"),
@@ -222,7 +231,7 @@ def test_what_only_looks_like_a_file(path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="no packed network"):
             wr.load_packed(path)
-    about = {"version": 1, "dicts": True, "leaves": {}}
+    about = {"version": 2, "dicts": True, "leaves": {}}
     sign(path, about, {})
     with pytest.raises(ValueError, match="not what it has"):
         wr.load_packed(path)
@@ -272,6 +281,7 @@ VALUES = {
     "keys": st.none() | WORDS | st.lists(WORDS, max_size=3),
     "shape": NUMBERS | st.lists(NUMBERS, max_size=4),
     "stack_axes": NUMBERS | st.lists(NUMBERS, max_size=3),
+    "input_axes": NUMBERS | st.lists(NUMBERS, max_size=3),
     "scale": SCALES | st.lists(SCALES | st.lists(SCALES, max_size=2), max_size=3),
     "levels": st.sampled_from(["binary", "ternary", None, 2, ["binary"]]),
     "dtype": st.sampled_from(["float32", "bfloat16", "float16", "uint8", "bool", 4]),
@@ -308,7 +318,7 @@ def edit(about, tensors, name, what, value):
 
 
 # Whoever changes these, and all that depends on them, has made another network.
-MEANINGS = {"shape", "stack_axes", "scale", "dtype", "byte", "tensor of"}
+MEANINGS = {"shape", "stack_axes", "input_axes", "scale", "dtype", "byte", "tensor of"}
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)

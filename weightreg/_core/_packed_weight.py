@@ -12,24 +12,28 @@ import jax.numpy as jnp
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("bits", "scale"),
-    meta_fields=("shape", "levels", "stack_axes"),
+    meta_fields=("shape", "levels", "stack_axes", "input_axes"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A quantized weight in bits, as `pack` makes it: a node of a tree of parameters.
 
-    Weights are numbered along the last axis first, and eight of them share a byte, the
-    first one in its highest bit. What is left of the last byte is 0. Layers that are
-    stacked each have bytes of their own, so that ``jax.lax.scan`` and ``jax.vmap`` can
-    take them one by one.
+    Each unit's weights are a row of bits, in the order of its inputs, eight to a byte
+    and the first one in its highest bit. What is left of a row's last byte is 0. So a
+    product reads bits in the order in which it sums. Layers that are stacked each have
+    bytes of their own, so that ``jax.lax.scan`` and ``jax.vmap`` can take them one by
+    one.
 
     Attributes:
-      bits: uint8, ``(*stack, planes, bytes)``. The last plane says which weights are
-        negative; that before it, of ternary ones, which are not 0.
+      bits: uint8, ``(*stack, planes, units, bytes)``. The last plane says which weights
+        are negative; that before it, of ternary ones, which are not 0.
       scale: ``V``, in the weights' dtype, ``(*stack,)``.
       shape: Shape of one layer.
       levels: ``"binary"`` or ``"ternary"``.
       stack_axes: The axes of the weight that are the first ones of ``bits``.
+      input_axes: The axes of ``shape`` that a row runs along, all others number rows.
+        They say where bits are, and not what a weight is: where that is not known, the
+        last axis numbers rows.
     """
 
     bits: jax.Array
@@ -37,6 +41,7 @@ class PackedWeight:
     shape: tuple[int, ...]
     levels: str
     stack_axes: tuple[int, ...]
+    input_axes: tuple[int, ...]
 
     def __eq__(self, other: object) -> bool:
         """Whether all is equal, the bits too, so that a copy is equal."""
@@ -59,7 +64,7 @@ def _equal(a: Any, b: Any) -> bool:
     return a is b or (a.dtype == b.dtype and bool(jnp.array_equal(a, b)))
 
 
-_META = ("shape", "levels", "stack_axes")
+_META = ("shape", "levels", "stack_axes", "input_axes")
 
 
 def register_state(register: Callable[..., None]) -> None:
@@ -80,6 +85,7 @@ def _to_state(packed: PackedWeight) -> dict[str, Any]:
         "shape": _numbered(packed.shape),
         "levels": packed.levels,
         "stack_axes": _numbered(packed.stack_axes),
+        "input_axes": _numbered(packed.input_axes),
     }
 
 
@@ -91,6 +97,12 @@ def _numbered(numbers: tuple[int, ...]) -> dict[str, int]:
 def _from_state(target: PackedWeight, state: Any) -> PackedWeight:
     """Takes bits and scale from a dict, which has to be of such a weight as target."""
     expected = _to_state(target)
+    if isinstance(state, dict) and set(expected) - set(state) == {"input_axes"}:
+        raise ValueError(
+            "the state of a PackedWeight has no input_axes: it is of the first layout "
+            "of bits. Restore it with the weightreg that wrote it, save it there with "
+            "save_packed, and read that file with load_packed."
+        )
     if not isinstance(state, dict) or set(state) != set(expected):
         have = list(state) if isinstance(state, dict) else type(state).__name__
         raise ValueError(

@@ -437,6 +437,21 @@ def stack_axes(
     return found
 
 
+def likely_input_axes(params: Any, mask: Mask, dims: Dims) -> list[tuple[int, ...]]:
+    """The axes that a unit of each leaf sums over, for what no result depends on.
+
+    Of several readings it is the first one, and without any the last axis numbers
+    units.
+    """
+    found = []
+    shapes = map(jnp.shape, jax.tree.leaves(params))
+    for own, shape in zip(_options(params, mask, dims), shapes, strict=True):
+        usual = tuple(range(len(shape)))[: max(len(shape) - 1, 1)]
+        layers = own.layers if own is not None else ()
+        found.append(layers[0].input_axes if layers else usual)
+    return found
+
+
 def filter_axes(params: Any, dims: Dims) -> list[tuple[int, ...]]:
     """The axes of each leaf that number filters of grouped convolutions, if traced."""
     if not isinstance(dims, Network):

@@ -1,5 +1,6 @@
 """Packed networks as files, of which no damage goes unnoticed."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -20,11 +21,11 @@ from jax.tree_util import DictKey, GetAttrKey
 from weightreg._core._arguments import KeyPath, show_path
 from weightreg._core._packed_weight import PackedWeight
 from weightreg._core._weights import is_packed
-from weightreg._quantization._pack import unpack
+from weightreg._quantization._pack import bits_shape, row_sizes, unpack
 from weightreg._quantization._quantize import PLANES
 
 FORMAT = "weightreg.packed"
-VERSION = 1
+VERSION = 2  # The first one had all bits of a layer in one row: see `_one_row`.
 _UNSIGNED = "0" * 64  # stands for the checksum in what the checksum is taken of
 _BOX = (GetAttrKey("value"),)  # the path of a parameter in the box that Flax puts it in
 
@@ -141,7 +142,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     """
     path = _path(path)
     about, tensors = _read(path)
-    leaves = _leaves(path, about["leaves"], tensors)
+    leaves = _leaves(path, about, tensors)
     nested = about["dicts"] and _dicts(path, about["leaves"], leaves)
     if like is not None:
         return _as(like, leaves, path)
@@ -233,6 +234,7 @@ def _describe(names: list[str] | None, leaf: Any) -> dict[str, Any]:
         "levels": leaf.levels,
         "scale": leaf.scale.astype(np.float64).tolist(),
         "stack_axes": leaf.stack_axes,
+        "input_axes": leaf.input_axes,
     }
 
 
@@ -253,10 +255,15 @@ def _fault(leaf: Any) -> str | None:
     rank = len(shape) + len(axes)
     if not _are_counts(axes) or list(axes) != sorted({a for a in axes if a < rank}):
         return f"stack_axes {axes}, for a weight of {rank} axes"
-    expected = (*scale.shape, PLANES[leaf.levels], -(-math.prod(shape) // 8))
+    inputs = leaf.input_axes
+    if not _are_counts(inputs) or list(inputs) != sorted(
+        {a for a in inputs if a < len(shape)}
+    ):
+        return f"input_axes {inputs}, for layers of {len(shape)} axes"
+    expected = bits_shape(leaf)
     if bits.dtype != np.uint8 or bits.shape != expected:
         return f"bits {bits.dtype}{list(bits.shape)} instead of uint8{list(expected)}"
-    if _has_spare_bits(bits, math.prod(shape)):
+    if _has_spare_bits(bits, row_sizes(leaf)[1]):
         return "bits that are set and belong to no weight"
     return None
 
@@ -266,16 +273,17 @@ def _are_counts(numbers: Iterable[Any]) -> bool:
 
 
 def _has_spare_bits(bits: np.ndarray, count: int) -> bool:
-    """Whether bits are set past the last weight, or the signs of some that are 0."""
-    *nonzero, negative = np.moveaxis(bits, -2, 0)
+    """Whether bits are set past a row's end, or the signs of weights that are 0."""
+    *nonzero, negative = np.moveaxis(bits, -3, 0)
     past = bool(count % 8) and np.any(bits[..., -1] & (0xFF >> count % 8))
     return bool(past or any(np.any(negative & ~plane) for plane in nonzero))
 
 
 def _leaves(
-    path: pathlib.Path, described: Any, tensors: dict[str, Any]
+    path: pathlib.Path, about: dict[str, Any], tensors: dict[str, Any]
 ) -> dict[str, Any]:
     """The leaves that entries describe, which have to be what `_describe` makes."""
+    described, old = about["leaves"], about["version"] == 1
     if not isinstance(described, dict) or not set(described) == set(tensors) != set():
         raise _forged(path, f"what it describes is not what it has: {list(tensors)}")
     leaves = {}
@@ -283,14 +291,43 @@ def _leaves(
         try:
             if _bare(name) in leaves:
                 raise ValueError("there are two of them")
-            leaf = _leaf(tensors.pop(name), entry)  # its bytes go once they are read
+            tensor = tensors.pop(name)  # its bytes go once they are read
+            entry, tensor = _one_row(entry, tensor) if old else (entry, tensor)
+            leaf = _leaf(tensor, entry)
             _check_entry(name, entry, leaf)
+            leaf = _in_rows(leaf) if old else leaf
             leaves[_bare(name)] = jax.tree.map(_on_device, leaf)
         except _Narrowed as error:
             raise ValueError(f"{path} has {error}") from None
         except Exception as error:  # the checksum is right, but no save_packed wrote it
             raise _forged(path, f"it describes {name} wrongly: {error!r}") from error
     return leaves
+
+
+def _one_row(
+    entry: dict[str, Any], tensor: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What version 2 says of bits of version 1: all of a layer are one unit's row."""
+    if entry["levels"] is None:
+        return entry, tensor
+    if "input_axes" in entry:
+        raise ValueError("it has input_axes, of which version 1 knows nothing")
+    *lead, size = tensor["shape"]
+    entry = entry | {"input_axes": [*range(len(entry["shape"]))]}
+    return entry, tensor | {"shape": [*lead, 1, size]}
+
+
+def _in_rows(leaf: Any) -> Any:
+    """Lays the bits of version 1 out in rows that the last axis numbers."""
+    if not is_packed(leaf) or len(leaf.shape) < 2:
+        return leaf
+    *lead, _, _ = leaf.bits.shape
+    *inputs, units = leaf.shape
+    count = math.prod(inputs)
+    bits = np.unpackbits(leaf.bits, axis=-1, count=count * units)
+    rows = np.swapaxes(bits.reshape(*lead, count, units), -1, -2)
+    axes = tuple(range(len(inputs)))
+    return dataclasses.replace(leaf, bits=np.packbits(rows, -1), input_axes=axes)
 
 
 def _forged(path: pathlib.Path, why: str) -> ValueError:
@@ -306,10 +343,11 @@ def _leaf(tensor: dict[str, Any], entry: dict[str, Any]) -> Any:
     scale: Any = np.asarray(entry["scale"], np.float64).astype(dtype)
     return PackedWeight(
         bits=bits,
-        scale=scale.reshape(bits.shape[:-2]),
+        scale=scale.reshape(bits.shape[:-3]),
         shape=tuple(entry["shape"]),
         levels=entry["levels"],
         stack_axes=tuple(entry["stack_axes"]),
+        input_axes=tuple(entry["input_axes"]),
     )
 
 
@@ -386,9 +424,10 @@ def _about(path: pathlib.Path, data: bytes) -> dict[str, Any]:
             f"{path} is no packed network, or is damaged: it does not begin with the "
             "header that save_packed writes."
         ) from None
-    if version != VERSION or type(version) is not int:
+    if version not in (1, VERSION) or type(version) is not int:
         raise ValueError(
-            f"{path} is of version {version!r}, where this weightreg reads {VERSION}."
+            f"{path} is of version {version!r}, where this weightreg reads 1 and "
+            f"{VERSION}."
         )
     digest = _digest(before, after)
     if found != digest:

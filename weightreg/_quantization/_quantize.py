@@ -313,7 +313,7 @@ def level(
     outer = jnp.where(negative, -scale, scale)
     if nonzero is None:
         return outer
-    return jnp.where(nonzero, outer, jnp.where(jnp.isnan(scale), scale, 0))
+    return jnp.where(nonzero | jnp.isnan(scale), outer, 0)
 
 
 def check_levels(levels: Any) -> None:
