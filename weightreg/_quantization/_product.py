@@ -51,9 +51,9 @@ def packed_matmul(
 
     - On GPUs, up to 4 rows: signs are multiplied and summed in the kernel that reads
       them. It reads a bit or two for each weight, and makes no kernel of the layer.
-    - On CPUs, up to 16 rows and for 1024 units or more: a table has the sums of eight
-      inputs (ternary: four) for each of the 256 values of a byte, and each byte of a
-      unit's row looks one up.
+    - On CPUs, up to 16 rows (ternary: 8) and for 1024 units or more: a table has the
+      sums of eight inputs (ternary: four) for each of the 256 values of a byte, and
+      each byte of a unit's row looks one up.
     - Else, and where a row of bits does not run along ``axis``, or an explicit mesh
       splits ``x``, the weight is unpacked once ``x`` is known, and multiplied.
 
