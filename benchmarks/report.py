@@ -9,6 +9,7 @@ from benchmarks.deploy import BATCHES
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.plots import title
 from benchmarks.record import is_plan
+from benchmarks.step_plans import BATCH, LIMITS, MODEL
 
 COLUMNS = {
     "best": "best",
@@ -299,6 +300,89 @@ def measured_markdown(result: dict) -> str:
     lines += ["", f"`{result['command']}`, {millions:.1f} million float32 parameters,"]
     lines += [f"{origin(result)}; times relative to the first."]
     return "\n".join(lines)
+
+
+def speed_markdown(result: dict) -> str:
+    """A table for each part of `benchmarks.speed`, below what it is about."""
+    lines = []
+    for kind, cells in (("timed", _timed), ("counted", _counted)):
+        for part, table in result[kind].items():
+            lines += [f"**{part}**: {table['about']}", ""]
+            lines += [*_markdown_table(*cells(table["columns"])), ""]
+    lines += [f"Left out: {why}\n" for why in result["left_out"].values()]
+    return "\n".join([*lines, f"`{result['command']}`, {origin(result)}."])
+
+
+def limits_table(speeds: dict[str, dict]) -> list[str]:
+    """What training steps may take on an H100, and what is known of that.
+
+    Args:
+      speeds: Results of `benchmarks.speed` by the names of their files.
+    """
+    column = f"{MODEL}, batch {BATCH}"
+
+    def known(kind: str) -> dict[str, dict]:
+        """The column of the last result that has it on an H100."""
+        tables = [
+            result[kind]["training"]["columns"][column]
+            for result in speeds.values()
+            if "H100" in result["device"]
+            and column in result[kind].get("training", {}).get("columns", {})
+        ]
+        return tables[-1] if tables else {}
+
+    planned, timed = known("counted"), known("timed")
+    rows = []
+    for name, limit in LIMITS.items():
+        most = planned[name]["at most"] if name in planned else None
+        plan = f"{most:.3f}, {'kept' if most <= limit else 'open'}" if most else ""
+        rows.append([_code(name), f"{limit:.2f}", plan, _timing(timed.get(name))])
+    head = [column, "may take", "takes at most, by its plan", "takes"]
+    lines = [
+        "Times of training steps over that without regularization. What a plan leaves "
+        "open may still be kept: it takes what is added to run after all else.",
+        "",
+        *_markdown_table(head, rows),
+    ]
+    if not timed:
+        lines += ["", "No GPU has been timed yet: there is no file of one."]
+    return lines
+
+
+def _timed(columns: dict) -> tuple[list[str], list[list[str]]]:
+    """Programs by rows, and what they run on by columns."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [
+        [name, *(_timing(column.get(name)) for column in columns.values())]
+        for name in names
+    ]
+    return ["", *columns], rows
+
+
+def _timing(timing: dict | None) -> str:
+    if timing is None:
+        return ""
+    ratio, low, high = (f"{timing[name]:.2f}" for name in ("ratio", "low", "high"))
+    return f"{ratio} ({low} to {high}), {1000 * timing['seconds']:.3g} ms"
+
+
+def _counted(columns: dict) -> tuple[list[str], list[list[str]]]:
+    """Each program a row, and what is counted by columns."""
+    kept = [
+        (column, name, counts)
+        for column, programs in columns.items()
+        for name, counts in programs.items()
+    ]
+    names = dict.fromkeys(name for _, _, counts in kept for name in counts)
+    rows = [
+        [column, program, *(_number(counts.get(name)) for name in names)]
+        for column, program, counts in kept
+    ]
+    return ["", "", *names], rows
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,}"
 
 
 def _markdown_table(head: list[str], cells: list[list[str]]) -> list[str]:
