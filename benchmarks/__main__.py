@@ -198,38 +198,39 @@ def _planned(options: argparse.Namespace, console: Console) -> tuple[dict, str]:
 
 def speed(options: argparse.Namespace, console: Console) -> int:
     """Times this machine's device, or counts what a compiler plans for another."""
+    from benchmarks import speed
+
+    parts = options.parts.split(",") if options.parts else None
     if options.target and options.sizes:
         raise ValueError("--sizes are of what is timed, not of a --target.")
-    parts = options.parts.split(",") if options.parts else None
+    ticks = speed.ticks(options.target, parts)
     _check_writable(options.out)
-    result, words = (_foreseen if options.target else _timed)(options, parts, console)
+    run = _foreseen if options.target else _timed
+    with _progress(ticks, console) as tick:
+        result, words = run(options, parts, tick)
     out = options.out / f"{'-'.join(['speed', *words, *(parts or ())])}.json"
     record.save(result, out)
     show(out, console)
     return 0
 
 
-def _timed(options, parts: list[str] | None, console: Console) -> tuple[dict, list]:
+def _timed(options, parts: list[str] | None, tick) -> tuple[dict, list[str]]:
     """Speeds of this machine's device, and what they are called by."""
-    from benchmarks import speed
     from benchmarks.sizes import default_sizes
+    from benchmarks.speed import run
 
-    chosen = speed.chosen(parts)
     _mapping(None)  # each core is a device that populations can be spread over
     usual = default_sizes()
     sizes = options.sizes or usual
     words = [jax.default_backend(), *([sizes] * (sizes != usual))]
-    with _progress(len(chosen), console) as tick:
-        return speed.run(sizes, parts, tick), words
+    return run(sizes, parts, tick), words
 
 
-def _foreseen(options, parts: list[str] | None, console: Console) -> tuple[dict, list]:
+def _foreseen(options, parts: list[str] | None, tick) -> tuple[dict, list[str]]:
     """What a compiler plans for a device that need not be there."""
-    from benchmarks import speed
+    from benchmarks.speed import plan
 
-    count = sum(plans.programs for plans in speed.planned(parts).values())
-    with _progress(count, console) as tick:
-        return speed.plan(options.target, parts, tick), [options.target]
+    return plan(options.target, parts, tick), [options.target]
 
 
 def pages(options: argparse.Namespace, console: Console) -> int:

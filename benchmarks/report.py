@@ -332,21 +332,35 @@ def limits_table(speeds: dict[str, dict]) -> list[str]:
         return tables[-1] if tables else {}
 
     planned, timed = known("counted"), known("timed")
-    rows = []
-    for name, limit in LIMITS.items():
-        most = planned[name]["at most"] if name in planned else None
-        plan = f"{most:.3f}, {'kept' if most <= limit else 'open'}" if most else ""
-        rows.append([_code(name), f"{limit:.2f}", plan, _timing(timed.get(name))])
-    head = [column, "may take", "takes at most, by its plan", "takes"]
+    rows = [
+        [
+            _code(name),
+            f"{limit:.2f}",
+            *_bounds(planned.get(name), limit),
+            _timing(timed.get(name)),
+        ]
+        for name, limit in LIMITS.items()
+    ]
+    head = [column, "may take", "by bytes alone", "at most", "", "takes"]
     lines = [
-        "Times of training steps over that without regularization. What a plan leaves "
-        "open may still be kept: it takes what is added to run after all else.",
+        "Times of training steps over that without regularization: what they may take, "
+        "what they take by their plans, and what they take. A plan keeps a limit where "
+        "bytes and kernels do, and leaves it open where bytes alone do.",
         "",
         *_markdown_table(head, rows),
     ]
     if not timed:
         lines += ["", "No GPU has been timed yet: there is no file of one."]
     return lines
+
+
+def _bounds(row: dict | None, limit: float) -> list[str]:
+    """What a plan says of a limit."""
+    if row is None:
+        return ["", "", ""]
+    low, high = row["bytes alone"], row["at most"]
+    said = "kept" if high <= limit else "open" if low <= limit else "exceeded"
+    return [f"{low:.3f}", f"{high:.3f}", said]
 
 
 def _timed(columns: dict) -> tuple[list[str], list[list[str]]]:

@@ -78,6 +78,17 @@ def chosen(names: Sequence[str] | None) -> dict[str, Part]:
     return {name: part for name, part in parts.items() if name not in absent}
 
 
+def ticks(target: str | None, names: Sequence[str] | None) -> int:
+    """How often `run`, or `plan` for a target, tells what is going on.
+
+    Raises:
+      ValueError: See `chosen` and `planned`.
+    """
+    if target:
+        return sum(part.programs for part in planned(names).values())
+    return len(chosen(names))
+
+
 def left_out(parts: dict[str, Part]) -> dict[str, str]:
     """The parts that cannot be measured here, and why."""
     return {
