@@ -26,7 +26,7 @@ TASK = Task(loss, {"params": PARAMS, "seen": jnp.zeros(())}, X, Y)
 
 def stepped(name):
     program = training.step(TASK, REGULARIZERS[name], SGD)
-    params, kept, state = jax.jit(program.run)(*program.arguments)
+    params, kept, _ = jax.jit(program.run)(*program.arguments)
     assert kept["seen"] == 1 and program.donated == (0, 1, 2)
     return params["kernel"]
 
