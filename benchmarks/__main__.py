@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
 def compare(options: argparse.Namespace, console: Console) -> int:
     """Compares methods on a data set."""
     given = {name: getattr(options, name) for name in SETTINGS}
-    given |= {"adversarial": options.adversarial, "data_dir": options.data_dir}
+    for name in ("adversarial", "dtype", "data_dir"):
+        given[name] = getattr(options, name)
     for name in ("methods", "augment", "deploy"):
         named = getattr(options, name)
         given[name] = None if named is None else tuple(filter(None, named.split(",")))
@@ -91,11 +92,13 @@ def experiment(options: argparse.Namespace, console: Console) -> int:
         raise ValueError(
             f"parts must be among {', '.join(chosen.parts)}, not {', '.join(unknown)}."
         )
-    where = {"mapping": mapping, "data_dir": options.data_dir}
+    how = {"mapping": mapping, "data_dir": options.data_dir, "dtype": options.dtype}
     runs = []
     for part in parts:
-        settings = Settings.of(**chosen.settings(part, options.scale), **where)
-        out = options.out / f"{options.name}-{options.scale}-{part}.json"
+        settings = Settings.of(**chosen.settings(part, options.scale), **how)
+        words = [options.name, options.scale, part]
+        words += [settings.dtype] * (settings.dtype != "float32")
+        out = options.out / f"{'-'.join(words)}.json"
         record.refuse_another(dataclasses.asdict(settings), out)
         mark = {"name": options.name, "part": part, "scale": options.scale}
         runs.append((settings, out, {"experiment": mark}))
@@ -420,6 +423,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="what layers compute in (float32); parameters, the optimizer's state, "
+        "statistics of batches and losses are float32",
+    )
     parser.add_argument(
         "--mapping",
         choices=("devices", "vmap"),

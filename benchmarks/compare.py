@@ -197,6 +197,7 @@ def deploy(
     settings: Settings,
 ) -> dict[str, dict]:
     """Accuracy, bytes and times of trained networks in the forms they can be run in."""
+    # Each form says what it computes in, whatever the network was trained in.
     model, x = models.make(settings.model, data.classes), jnp.asarray(data.x_test)
     forms = {}
     for name, (chosen, networks) in kept.items():
@@ -260,7 +261,7 @@ def gradients(
     networks: list[Variables], data: Dataset, settings: Settings
 ) -> dict[str, list]:
     """A histogram of the norms of input gradients, over test examples and seeds."""
-    model = models.make(settings.model, data.classes)
+    model = settings.network(data.classes)
     x, y = _attacked_examples(data, settings)
     norms = np.concatenate([_gradient_norms(model, n, x, y) for n in networks])
     counts, edges = _histogram(np.log10(np.maximum(norms, 1e-20)))
@@ -322,13 +323,13 @@ def _source(data: Dataset, settings: Settings, tick: Tick) -> robustness.Network
     _, (network,) = _final_runs(
         "none", hyper, data, settings, seeds, lambda: tick("a network to attack with")
     )
-    model = models.make(settings.model, data.classes)
+    model = settings.network(data.classes)
     return robustness.Network(functools.partial(models.logits, model), network)
 
 
 def _space(method: Method, data: Dataset, settings: Settings) -> Space:
     """Where a method's hyperparameters are searched."""
-    model = models.make(settings.model, data.classes)
+    model = settings.network(data.classes)
     variables, _ = initialize(model, TUNING_SEED, jnp.asarray(data.x_train[:1]))
     return method.whole_space(settings.optimizer, variables["params"])
 
@@ -403,7 +404,7 @@ def _header(settings: Settings, data: Dataset) -> dict:
         "command": settings.command(),
         "settings": shown,
         "fixed": {
-            "model": models.describe(models.make(settings.model, data.classes)),
+            "model": models.describe(settings.network(data.classes)),
             "adversary_steps": ADVERSARY_STEPS,
             "probes": PROBES,
             "tuning_seeds": [TUNING_SEED + i for i in range(settings.tuning_seeds)],

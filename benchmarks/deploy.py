@@ -45,7 +45,7 @@ def _save_arrays(variables: Any, path: pathlib.Path) -> None:
 
 
 def _run_narrow(model: nn.Module, variables: Any, x: jax.Array) -> jax.Array:
-    return models.logits(model, variables, x.astype(jnp.bfloat16)).astype(jnp.float32)
+    return models.logits(model.clone(dtype=jnp.bfloat16), variables, x)
 
 
 def _run_unpacked(model: nn.Module, packed: Any, x: jax.Array) -> jax.Array:

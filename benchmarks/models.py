@@ -9,6 +9,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
 
 from benchmarks.networks import CNN, MLP, NormMLP, NormResNet, ResNet, UnstridedCNN
 
@@ -91,22 +93,25 @@ MODELS: Mapping[str, Model] = {
 }
 
 
-def make(name: str, classes: int) -> nn.Module:
-    """The network of that name in `MODELS`.
+def make(name: str, classes: int, dtype: Dtype = jnp.float32) -> nn.Module:
+    """The network of that name in `MODELS`, whose layers compute in a dtype.
 
     Raises:
       ValueError: There is none.
     """
     if name not in MODELS:
         raise ValueError(f"model must be among {', '.join(MODELS)}, not {name!r}.")
-    return MODELS[name].make(classes)
+    return MODELS[name].make(classes).clone(dtype=dtype)
 
 
 def logits(model: nn.Module, variables: Variables, x: jax.Array) -> jax.Array:
-    """The network's outputs in inference mode, of shape (batch, classes)."""
+    """The network's outputs in inference mode, of shape (batch, classes).
+
+    Losses are computed from them, and have float32 at least.
+    """
     out = model.apply(variables, x)
     assert isinstance(out, jax.Array)  # apply may also give a pair
-    return out
+    return _widened(out)
 
 
 def training_logits(
@@ -115,11 +120,16 @@ def training_logits(
     """The outputs by the batch's own statistics, and the statistics after it."""
     if "batch_stats" not in variables:
         return logits(model, variables, x), {}
-    return model.apply(variables, x, train=True, mutable=["batch_stats"])
+    out, after = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    return _widened(out), after
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """A network's class and settings, for the record."""
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
-    kept = {k: v for k, v in fields.items() if k not in ("parent", "name")}
-    return {"class": type(model).__name__, **kept}
+    kept = {k: v for k, v in fields.items() if k not in ("parent", "name", "dtype")}
+    return {"class": type(model).__name__, **kept, "dtype": fields["dtype"].__name__}

@@ -1,4 +1,8 @@
-"""Networks, in linen: the population needs parameters and nothing else as a tree."""
+"""Networks, in linen: the population needs parameters and nothing else as a tree.
+
+All take the ``dtype`` of their computation, as Flax's layers do: by default that of
+inputs and parameters. Parameters and statistics of batches are float32.
+"""
 
 import functools
 import operator
@@ -7,6 +11,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
 from jax import lax
 
 from weightreg.linen import ConvexSum
@@ -19,18 +25,19 @@ class MLP(nn.Module):
 
     hidden: Sequence[int]
     classes: int
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps inputs of shape (batch, ...) to logits of shape (batch, classes)."""
         x = x.reshape(x.shape[0], -1)
         for features in self.hidden:
-            x = nn.relu(nn.Dense(features, kernel_init=HE)(x))
-        return nn.Dense(self.classes)(x)
+            x = nn.relu(nn.Dense(features, dtype=self.dtype, kernel_init=HE)(x))
+        return nn.Dense(self.classes, dtype=self.dtype)(x)
 
 
 class Convolution(nn.Module):
-    """``nn.Conv(features, (window, window), strides)`` as products of matrices.
+    """``nn.Conv(features, (window, window), strides)``, on CPU as products of matrices.
 
     On CPU the gradient of a convolution is over ten times slower inside of a loop than
     outside (jax-ml/jax#12868), and every epoch is a loop.
@@ -41,20 +48,42 @@ class Convolution(nn.Module):
     strides: int = 2
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, height, width, channels) to as much by ``strides``."""
         shape = (self.window, self.window, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        if not self.use_bias:
-            return _convolve(x, kernel, self.strides)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return bias + _convolve(x, kernel, self.strides)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = convolve(x, kernel, self.strides)
+        return y if bias is None else bias + y
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
-    if strides > 1 or len(kernel) == 1 or jax.default_backend() != "cpu":
+def convolve(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+    """A convolution as the device wants it that the program is compiled for."""
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(by_products, strides=strides),
+        default=functools.partial(by_library, strides=strides),
+    )
+
+
+def by_library(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+    """A convolution as one instruction, for which accelerators have kernels."""
+    layouts = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (strides, strides), "SAME", dimension_numbers=layouts
+    )
+
+
+def by_products(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+    """A convolution as products of matrices, of shapes that a core is fast at."""
+    if strides > 1 or len(kernel) == 1:
         return by_shifts(x, kernel, strides)
     # A product with few columns leaves most of a core idle: let it make several pixels,
     # at the price of multiplying by zeros. A few images at a time fit in the cache.
@@ -105,14 +134,15 @@ class CNN(nn.Module):
     """Three strided convolutions and a dense layer."""
 
     classes: int
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images, see `as_images`, to logits of shape (batch, classes)."""
         x = as_images(x)
         for features in (32, 64, 64):
-            x = nn.relu(Convolution(features)(x))
-        return nn.Dense(self.classes)(x.reshape(x.shape[0], -1))
+            x = nn.relu(Convolution(features, dtype=self.dtype)(x))
+        return nn.Dense(self.classes, dtype=self.dtype)(x.reshape(x.shape[0], -1))
 
 
 class UnstridedCNN(nn.Module):
@@ -120,23 +150,29 @@ class UnstridedCNN(nn.Module):
 
     features: Sequence[int]
     classes: int
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images, see `as_images`, to logits of shape (batch, classes)."""
         x = as_images(x)
         for features in self.features:
-            x = nn.relu(Convolution(features, strides=1, kernel_init=HE)(x))
-        return nn.Dense(self.classes)(x.reshape(x.shape[0], -1))
+            layer = Convolution(features, strides=1, kernel_init=HE, dtype=self.dtype)
+            x = nn.relu(layer(x))
+        return nn.Dense(self.classes, dtype=self.dtype)(x.reshape(x.shape[0], -1))
 
 
 class Shift(nn.Module):
     """Adds one learnt number to all inputs, as Fixup does around every layer."""
 
+    dtype: Dtype | None = None
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Keeps the shape."""
-        return x + self.param("bias", nn.initializers.zeros, ())
+        bias = self.param("bias", nn.initializers.zeros, ())
+        x, bias = promote_dtype(x, bias, dtype=self.dtype)
+        return x + bias
 
 
 class Block(nn.Module):
@@ -148,6 +184,7 @@ class Block(nn.Module):
       depth: Residual blocks in the network.
       convex: Whether shortcut and branch are balanced (eq. 19) and not just added.
       activate: Whether the branch begins with a ReLU; that on the input does not.
+      dtype: Of the computation.
     """
 
     features: int
@@ -155,23 +192,29 @@ class Block(nn.Module):
     depth: int
     convex: bool
     activate: bool
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
         """Maps (batch, height, width, channels) to as much by ``strides``."""
         # Fixup's L^(-1/(2m-2)) for m = 2 convolutions in a branch
         scaled = nn.initializers.variance_scaling(2 / self.depth, "fan_in", "uniform")
-        x = nn.relu(Shift()(h)) if self.activate else h
-        x = self._convolution(3, self.strides, scaled)(Shift()(x))
-        x = nn.relu(Shift()(x))
-        x = self._convolution(3, 1, nn.initializers.zeros)(Shift()(x))
-        x = x * self.param("scale", nn.initializers.ones, ())
+        x = nn.relu(self._shift()(h)) if self.activate else h
+        x = self._convolution(3, self.strides, scaled)(self._shift()(x))
+        x = nn.relu(self._shift()(x))
+        x = self._convolution(3, 1, nn.initializers.zeros)(self._shift()(x))
+        scale = self.param("scale", nn.initializers.ones, ())
+        x, scale = promote_dtype(x, scale, dtype=self.dtype)
+        x = x * scale
         if self.strides > 1 or h.shape[-1] != self.features:
-            h = self._convolution(1, self.strides, HE)(Shift()(h))
-        return ConvexSum()(h, x) if self.convex else h + x
+            h = self._convolution(1, self.strides, HE)(self._shift()(h))
+        return ConvexSum(dtype=self.dtype)(h, x) if self.convex else h + x
 
     def _convolution(self, window, strides, init) -> Convolution:
-        return Convolution(self.features, window, strides, False, init)
+        return Convolution(self.features, window, strides, False, init, self.dtype)
+
+    def _shift(self) -> Shift:
+        return Shift(self.dtype)
 
 
 class ResNet(nn.Module):
@@ -187,12 +230,14 @@ class ResNet(nn.Module):
         with half the resolution.
       width: Channels are 16, 32 and 64 times this.
       convex: See `Block`.
+      dtype: Of the computation.
     """
 
     classes: int
     blocks: int = 2
     width: int = 1
     convex: bool = False
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -202,9 +247,12 @@ class ResNet(nn.Module):
             group, place = divmod(i, self.blocks)
             strides = 2 if group and not place else 1
             features = 16 * 2**group * self.width
-            h = Block(features, strides, depth, self.convex, activate=i > 0)(h)
-        h = nn.relu(Shift()(h)).mean((1, 2))
-        return nn.Dense(self.classes, kernel_init=nn.initializers.zeros)(Shift()(h))
+            block = Block(features, strides, depth, self.convex, i > 0, self.dtype)
+            h = block(h)
+        h = nn.relu(Shift(self.dtype)(h)).mean((1, 2))
+        init = nn.initializers.zeros
+        dense = nn.Dense(self.classes, dtype=self.dtype, kernel_init=init)
+        return dense(Shift(self.dtype)(h))
 
 
 class NormBlock(nn.Module):
@@ -215,11 +263,13 @@ class NormBlock(nn.Module):
       strides: Of the first convolution of a 3 by 3 window, and of the shortcut.
       bottleneck: Whether one convolution of a 3 by 3 window is between two of 1 by 1,
         the last to four times as many channels, as in ResNet-50.
+      dtype: Of the computation.
     """
 
     features: int
     strides: int
     bottleneck: bool
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, h: jax.Array, train: bool) -> jax.Array:
@@ -231,9 +281,9 @@ class NormBlock(nn.Module):
         x = h
         for i, (features, window, strides) in enumerate(layers):
             x = nn.relu(x) if i else x
-            x = _normalized(x, features, window, strides, train)
+            x = _normalized(x, features, window, strides, train, self.dtype)
         if h.shape != x.shape:
-            h = _normalized(h, x.shape[-1], 1, self.strides, train)
+            h = _normalized(h, x.shape[-1], 1, self.strides, train, self.dtype)
         return nn.relu(h + x)
 
 
@@ -247,6 +297,7 @@ class NormResNet(nn.Module):
       width: Channels of the first convolution, and inner ones of the first group.
       strides: Of the first convolution.
       bottleneck: See `NormBlock`.
+      dtype: Of the computation.
     """
 
     classes: int
@@ -254,18 +305,20 @@ class NormResNet(nn.Module):
     width: int = 16
     strides: int = 2
     bottleneck: bool = False
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps images, see `as_images`, to logits of shape (batch, classes)."""
-        h = nn.relu(_normalized(as_images(x), self.width, 3, self.strides, train))
+        x, dtype = as_images(x), self.dtype
+        h = nn.relu(_normalized(x, self.width, 3, self.strides, train, dtype))
         for group, count in enumerate(self.blocks):
             for i in range(count):
                 strides = 2 if group and not i else 1
                 features = self.width * 2**group
-                h = NormBlock(features, strides, self.bottleneck)(h, train)
-        h = nn.Dense(self.classes, use_bias=False)(h.mean((1, 2)))
-        return _norm(h, train)
+                h = NormBlock(features, strides, self.bottleneck, dtype)(h, train)
+        h = nn.Dense(self.classes, use_bias=False, dtype=dtype)(h.mean((1, 2)))
+        return _norm(h, train, dtype)
 
 
 class NormMLP(nn.Module):
@@ -273,25 +326,35 @@ class NormMLP(nn.Module):
 
     hidden: Sequence[int]
     classes: int
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps inputs of shape (batch, ...) to logits of shape (batch, classes)."""
-        x = x.reshape(x.shape[0], -1)
+        x, dtype = x.reshape(x.shape[0], -1), self.dtype
         for features in self.hidden:
-            dense = nn.Dense(features, use_bias=False, kernel_init=HE)
-            x = nn.relu(_norm(dense(x), train))
-        return _norm(nn.Dense(self.classes, use_bias=False)(x), train)
+            dense = nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=HE)
+            x = nn.relu(_norm(dense(x), train, dtype))
+        x = nn.Dense(self.classes, use_bias=False, dtype=dtype)(x)
+        return _norm(x, train, dtype)
 
 
-def _norm(x: jax.Array, train: bool) -> jax.Array:
+def _norm(x: jax.Array, train: bool, dtype: Dtype | None) -> jax.Array:
     # Networks here see few batches: statistics must follow faster than Flax's do.
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)(x)
 
 
-def _normalized(x, features: int, window: int, strides: int, train: bool) -> jax.Array:
-    x = Convolution(features, window, strides, use_bias=False, kernel_init=HE)(x)
-    return _norm(x, train)
+def _normalized(
+    x: jax.Array,
+    features: int,
+    window: int,
+    strides: int,
+    train: bool,
+    dtype: Dtype | None,
+) -> jax.Array:
+    return _norm(
+        Convolution(features, window, strides, False, HE, dtype)(x), train, dtype
+    )
 
 
 def as_images(x: jax.Array) -> jax.Array:

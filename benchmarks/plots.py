@@ -180,6 +180,8 @@ def title(result: dict) -> str:
     known = DATASETS.get(s["dataset"])
     if known is None or s["model"] != known.model:
         words.append(s["model"])
+    if (dtype := s.get("dtype", "float32")) != "float32":
+        words.append(dtype)
     words += s.get("augment") or []
     if s["adversarial"]:
         words.append(f"adversarial training within {s['adversarial']:.2g}")

@@ -7,6 +7,8 @@ import json
 import math
 from typing import Any
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -22,6 +24,9 @@ DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon")
 
 # Where the learning rate is divided by ten, in shares of all steps.
 DROPS = {"constant": (), "steps": (0.3, 0.6, 0.9)}
+
+# What layers compute in; whatever is kept from step to step is float32.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # Whole numbers, and the least of each. A start of PGD alone says little.
 COUNTS = {
@@ -41,9 +46,12 @@ CHOICES = {
     "model": models.MODELS,
     "optimizer": BASES,
     "schedule": DROPS,
+    "dtype": DTYPES,
     "tune_for": ("accuracy", "fgsm"),
     "mapping": MAPPINGS,
 }
+# Commands do not say these, which are newer than many of them.
+UNSAID = (("schedule", "constant"), ("sensitivity", 0), ("dtype", "float32"))
 LISTS = ("augment", "methods", "deploy")  # settings that are several
 
 
@@ -62,6 +70,7 @@ class Settings:
     model: str
     optimizer: str = "adam"
     schedule: str = "constant"
+    dtype: str = "float32"
     augment: tuple[str, ...] = ()
     deploy: tuple[str, ...] = ()
     adversarial: float = 0.0
@@ -175,9 +184,10 @@ class Settings:
         words += [self.model] * (self.model != default.model)
         words += [self.optimizer] * (self.optimizer != default.optimizer)
         words += [self.schedule] * (self.schedule != default.schedule)
+        words += [self.dtype] * (self.dtype != default.dtype)
         words += self.augment
         words += ["adversarial"] * (self.adversarial > 0)
-        told = {"dataset", "model", "optimizer", "schedule", "augment"}
+        told = {"dataset", "model", "optimizer", "schedule", "dtype", "augment"}
         told |= {"mapping", "data_dir"}
         if self.noise == round(100 * self.noise) / 100:
             told.add("noise")
@@ -200,6 +210,10 @@ class Settings:
         """How hard networks are attacked in the end."""
         return robustness.Settings(steps=self.attack_steps, restarts=self.restarts)
 
+    def network(self, classes: int) -> nn.Module:
+        """What is trained and attacked."""
+        return models.make(self.model, classes, dtype=DTYPES[self.dtype])
+
     def training(self, method: str, data: Dataset, tuning: bool = False) -> Training:
         """How runs of a method are trained, and what is measured meanwhile."""
         attacked = tuning and self.tune_for == "fgsm"
@@ -212,7 +226,7 @@ class Settings:
             epoch=self._steps(data),
         )
         return Training(
-            model=models.make(self.model, data.classes),
+            model=self.network(data.classes),
             classes=data.classes,
             optimizer=optimizer,
             batch=self.batch,
@@ -245,7 +259,7 @@ class Settings:
             value = getattr(self, field.name)
             if field.name in ("data_dir", *LISTS) or value is None:
                 continue
-            if (field.name, value) in (("schedule", "constant"), ("sensitivity", 0)):
+            if (field.name, value) in UNSAID:
                 continue
             words.append(f"--{field.name.replace('_', '-')} {value}")
         for name in LISTS:

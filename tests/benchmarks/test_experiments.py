@@ -60,7 +60,7 @@ def test_an_experiment_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_a_table_of_sensitivity_from_end_to_end(tmp_path, monkeypatch):
-    """On images as JPEG, which no title may hide."""
+    """On images as JPEG and in bfloat16, which no title may hide."""
     write_parquet(tmp_path / "cifar10", "img", (32, 32, 3), (100, 30), "JPEG")
     tiny = networks.NormMLP((8,), 10)
     monkeypatch.setitem(
@@ -78,8 +78,9 @@ def test_a_table_of_sensitivity_from_end_to_end(tmp_path, monkeypatch):
     changed = dataclasses.replace(experiment, scales={"cpu": small})
     monkeypatch.setitem(EXPERIMENTS, "enc-tables", changed)
     command = ["experiment", "enc-tables", "--parts", "tables", "--out", str(tmp_path)]
-    assert cli.main([*command, "--data-dir", str(tmp_path)]) == 0
-    stem = "enc-tables-cpu-tables"
+    command += ["--data-dir", str(tmp_path), "--dtype", "bfloat16"]
+    assert cli.main(command) == 0
+    stem = "enc-tables-cpu-tables-bfloat16"
     result = json.loads((tmp_path / f"{stem}.json").read_text())
     assert result["data"]["source"].endswith("encoded as JPEG")
     assert (tmp_path / f"{stem}-sensitivity.png").is_file()
@@ -91,7 +92,7 @@ def test_a_table_of_sensitivity_from_end_to_end(tmp_path, monkeypatch):
             np.testing.assert_array_equal(curves[:, -1], last)
             assert np.all(curves > 0)
     text = report.markdown(result)
-    assert "**CIFAR-10 (as JPEG), tiny, flip_crop, 2 seeds" in text
+    assert "**CIFAR-10 (as JPEG), tiny, bfloat16, flip_crop, 2 seeds" in text
     assert "| all attacks | GBR (logits) | GBR (probabilities) |" in text
     assert "| *paper: ImageNet, eq. 22* | |  | *77.4* |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]

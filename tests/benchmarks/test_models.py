@@ -1,5 +1,6 @@
 """The models by name: their shapes, their entries, and how they are applied."""
 
+import dataclasses
 import json
 import math
 import re
@@ -12,9 +13,8 @@ from quick import jit as quick
 from shapes import count, flat, shapes_of
 
 import weightreg as wr
-from benchmarks import models
+from benchmarks import models, networks
 from benchmarks.data import DATASETS
-from benchmarks.networks import MLP
 
 RESNETS = ("resnet", "resnet_convex")
 
@@ -82,8 +82,36 @@ def test_models_are_known_by_name():
     ],
 )
 def test_a_description_is_for_the_record(name, expected):
-    assert models.describe(models.make(name, 3)) == expected
+    expected = {**expected, "dtype": "bfloat16"}
+    assert models.describe(models.make(name, 3, jnp.bfloat16)) == expected
     json.dumps(expected)
+
+
+@pytest.mark.parametrize(
+    "small",
+    [
+        networks.MLP((4,), 10),
+        networks.CNN(10),
+        networks.UnstridedCNN((4, 20), 10),
+        networks.ResNet(10, blocks=1, convex=True),
+        networks.NormResNet(10, (1,), 4),
+        networks.NormMLP((4,), 10),
+    ],
+    ids=lambda small: type(small).__name__,
+)
+def test_layers_alone_compute_in_bfloat16(small, monkeypatch):
+    """What is trained, statistics of batches, and logits are float32."""
+    entry = dataclasses.replace(models.MODELS["mlp"], make=lambda classes: small)
+    monkeypatch.setitem(models.MODELS, "mlp", entry)
+    model, x = models.make("mlp", 10, dtype=jnp.bfloat16), jnp.zeros((2, 4, 4, 3))
+    variables = jax.eval_shape(small.init, jax.random.key(0), x)
+    assert jax.eval_shape(model.init, jax.random.key(0), x) == variables
+    program = jax.make_jaxpr(models.training_logits, static_argnums=0)(
+        model, variables, x
+    )
+    assert {aval.dtype.name for aval in program.out_avals} == {"float32"}
+    products = re.findall(r":(\w+)\[[\d,]*\] = (?:dot_|conv_)general", str(program))
+    assert set(products) == {"bf16"}
 
 
 def test_resnet50_has_its_layers_and_size():
@@ -95,7 +123,7 @@ def test_resnet50_has_its_layers_and_size():
 
 
 def test_statistics_are_of_networks_that_have_them():
-    model, x = MLP((4,), 10), np.ones((2, 3), np.float32)
+    model, x = networks.MLP((4,), 10), np.ones((2, 3), np.float32)
     variables = model.init(jax.random.key(0), x)
     logits, stats = models.training_logits(model, variables, x)
     assert stats == {}

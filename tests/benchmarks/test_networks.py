@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax import lax
 from quick import jit as quick
 from shapes import count, flat, shapes_of
 
@@ -63,6 +64,19 @@ def test_the_convolution_is_flaxs(strides, window, shape, features):
         return results
 
     chex.assert_trees_all_close(*both(params, x), rtol=1e-4, atol=1e-4)
+
+
+def test_accelerators_are_given_convolutions_and_cpus_products():
+    """In the gradient too, as vmap, loops and checkpoints leave it."""
+    model, x = networks.UnstridedCNN((4, 20), 10), normal(2, 5, 6)
+    params = randomized(shapes_of(model, 1, 5, 6))
+    loss = jax.checkpoint(lambda p: jnp.sum(models.logits(model, {"params": p}, x)))
+    rows = jax.tree.map(lambda p: np.stack([p, p]), params)
+    for mapped in (jax.vmap(jax.grad(loss)), lambda p: lax.map(jax.grad(loss), p)):
+        traced = jax.jit(mapped).trace(rows)
+        for platform in ("cpu", "cuda"):
+            program = traced.lower(lowering_platforms=(platform,)).as_text()
+            assert ("stablehlo.convolution" in program) == (platform != "cpu")
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 4, 9])

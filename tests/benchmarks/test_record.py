@@ -228,6 +228,8 @@ def test_what_is_no_result_is_refused(text, message, tmp_path):
             "digits-noise40-mlp1024-momentum",
         ),
         ({"schedule": "steps"}, "digits-noise40-steps"),
+        ({"dtype": "float32"}, "digits-noise40"),
+        ({"dtype": "bfloat16"}, "digits-noise40-bfloat16"),
         (
             {"dataset": "cifar10", "augment": ("flip_crop", "mixup")},
             "cifar10-noise40-flip_crop-mixup",

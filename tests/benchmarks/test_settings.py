@@ -27,6 +27,7 @@ from benchmarks.settings import COUNTS, RADII, Settings
         ({"model": "vgg"}, "model must be among mlp"),
         ({"optimizer": "lion"}, "optimizer must be among adam"),
         ({"schedule": "cosine"}, "schedule must be among constant, steps"),
+        ({"dtype": "float16"}, "dtype must be among float32, bfloat16, not 'float16'"),
         ({"augment": ("cutout", "zoom")}, "augment must be among .*, not zoom"),
         ({"sensitivity": -1}, "sensitivity must be at least 0"),
         ({"methods": ("enc",)}, "enc, which needs a normalization .*not mlp"),

@@ -88,6 +88,21 @@ def test_runs_are_spread_over_all_devices(mapping, digits):
         )
 
 
+def test_what_is_kept_from_a_step_in_bfloat16_is_float32(digits):
+    """All at once too."""
+    model = networks.NormMLP((16,), 10, dtype=jnp.bfloat16)
+    build = functools.partial(METHODS["none"].build, base="adam", output=OUTPUT)
+    training = train.Training(model=model, classes=10, optimizer=build, batch=20)
+    x, y, key = digits.x_train[:20], digits.y_train[:20], jax.random.key(0)
+    step, *start = train.make_step(training, {"learning_rate": 1e-3}, jnp.asarray(x))
+    rows = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), start)
+    many = jax.vmap(step, in_axes=(0, 0, 0, None, None, None))
+    for run, begun in ((step, start), (many, rows)):
+        after = jax.eval_shape(run, *begun, x, y, key)
+        assert after == jax.eval_shape(lambda *trees: trees, *begun)
+        assert jnp.bfloat16 not in {leaf.dtype for leaf in jax.tree.leaves(after)}
+
+
 def test_mappings_are_known_by_name(digits):
     message = "mapping must be among devices, vmap, not 'pmap'"
     with pytest.raises(ValueError, match=message):
