@@ -377,7 +377,8 @@ def _timing(timing: dict | None) -> str:
     if timing is None:
         return ""
     ratio, low, high = (f"{timing[name]:.2f}" for name in ("ratio", "low", "high"))
-    return f"{ratio} ({low} to {high}), {1000 * timing['seconds']:.3g} ms"
+    rate = f", {timing['a_second']:,.0f} a second" if "a_second" in timing else ""
+    return f"{ratio} ({low} to {high}), {1000 * timing['seconds']:.3g} ms{rate}"
 
 
 def _counted(columns: dict) -> tuple[list[str], list[list[str]]]:

@@ -23,11 +23,12 @@ class Sizes:
       looped: Trees whose steps are repeated within one program.
       many: A tree of many leaves, which takes long to compile, looped with `FEW` only.
       batch: Examples of a training step.
-      trained: Networks that are trained, see `benchmarks.models`.
+      trained: Networks that are trained, see `benchmarks.models`, and in which dtypes
+        they compute.
       image: Height, width and channels of what they see.
       transformer: Of that one; it sees sequences of its length.
       sequences: Of a training step.
-      sensitive: Networks whose sensitivity is measured.
+      small: Networks whose sensitivity is measured, and of which there are populations.
       examples: On which it is measured.
       runs: Of a population.
       layers: Of a network that is run from bits.
@@ -44,12 +45,12 @@ class Sizes:
     called: tuple[str, ...]
     looped: tuple[str, ...]
     many: str | None
-    trained: tuple[str, ...]
+    trained: tuple[tuple[str, str], ...]
     batch: int
     image: tuple[int, int, int]
     transformer: Size
     sequences: int
-    sensitive: tuple[str, ...]
+    small: tuple[str, ...]
     examples: int
     runs: int
     layers: int
@@ -68,12 +69,16 @@ SIZES: dict[str, Sizes] = {
         called=("resnet50",),
         looped=("resnet50", "transformer of 100M"),
         many="1000x64x64",
-        trained=("mlp1024", "resnet18"),
+        trained=(
+            ("mlp1024", "float32"),
+            ("resnet18", "float32"),
+            ("resnet18", "bfloat16"),
+        ),
         batch=128,
         image=(32, 32, 3),
         transformer=Size(layers=12, width=512, vocabulary=10_000, length=512),
         sequences=16,
-        sensitive=("mlp1024", "cnn"),
+        small=("mlp1024", "cnn"),
         examples=1000,
         runs=8,
         layers=8,
@@ -90,12 +95,12 @@ SIZES: dict[str, Sizes] = {
         called=("resnet50, narrow", "transformer of 2M", "100x64x64"),
         looped=("100x64x64",),
         many=None,
-        trained=("mlp1024", "resnet_norm"),
+        trained=(("mlp1024", "float32"), ("resnet_norm", "float32")),
         batch=128,
         image=(32, 32, 3),
         transformer=Size(layers=4, width=128, vocabulary=1_000, length=64),
         sequences=8,
-        sensitive=("mlp1024", "cnn"),
+        small=("mlp1024", "cnn"),
         examples=100,
         runs=4,
         layers=4,
@@ -112,12 +117,12 @@ SIZES: dict[str, Sizes] = {
         called=("2x8x8",),
         looped=("2x8x8",),
         many=None,
-        trained=("mlp",),
+        trained=(("mlp", "float32"),),
         batch=4,
         image=(4, 4, 1),
         transformer=Size(layers=2, width=16, vocabulary=10, length=8),
         sequences=2,
-        sensitive=("mlp",),
+        small=("mlp",),
         examples=4,
         runs=2,
         layers=2,

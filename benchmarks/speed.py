@@ -37,7 +37,8 @@ PARTS: dict[str, Part] = {
         "Steps of optimizers, relative to Adam's.", speed_parts.optimizers
     ),
     "training": Part(
-        "Training steps with Adam, relative to those without regularization.",
+        "Training steps with Adam, relative to those without regularization, and how "
+        "many examples a second.",
         speed_parts.trained,
     ),
     "gbr": Part(
@@ -136,8 +137,11 @@ def run(
 
 
 def _plain(column: speed_parts.Column) -> dict[str, dict[str, float]]:
-    """With names, as it is written."""
-    return {name: timing._asdict() for name, timing in column.items()}
+    """As it is written: with names, and without what there is not."""
+    return {
+        name: {k: v for k, v in timing._asdict().items() if v is not None}
+        for name, timing in column.items()
+    }
 
 
 class Plans(NamedTuple):

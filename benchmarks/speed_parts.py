@@ -4,13 +4,23 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import weightreg as wr
-from benchmarks import deploy, models, programs, train, training, transformer, trees
+from benchmarks import (
+    deploy,
+    models,
+    plain,
+    programs,
+    train,
+    training,
+    transformer,
+    trees,
+)
 from benchmarks.networks import MLP
 from benchmarks.programs import STEPS, Program
 from benchmarks.sizes import Sizes
@@ -100,30 +110,37 @@ def values(shapes: Any) -> Any:
 
 
 def trained(sizes: Sizes) -> dict[str, Column]:
-    """Training steps of networks, with each of `training.REGULARIZERS`."""
+    """Training steps with each of `training.REGULARIZERS`.
+
+    Where there is the same network in Flax and Optax alone, so is its step.
+    """
     columns = {}
-    for name, task in tasks(sizes).items():
+    for title, (task, beside) in tasks(sizes).items():
         given = {
-            label: training.step(task, regularizer, optax.adam(1e-3))
-            for label, regularizer in training.REGULARIZERS.items()
+            name: training.step(task, regularizer, optax.adam(1e-3))
+            for name, regularizer in training.REGULARIZERS.items()
         }
-        steps, carries = ready(given, 3)
-        columns[name] = relative_times(steps, carries, sizes.rounds, sizes.seconds)
+        steps, carries = ready(given | beside, 3)
+        times = relative_times(steps, carries, sizes.rounds, sizes.seconds)
+        columns[title] = {n: time.rated(len(task.x)) for n, time in times.items()}
     return columns
 
 
-def tasks(sizes: Sizes) -> dict[str, Task]:
-    """Losses, shapes of variables, inputs and targets that networks are trained with.
+def tasks(sizes: Sizes) -> dict[str, tuple[Task, dict[str, Program]]]:
+    """What networks are trained on, and steps to compare with beside.
 
-    A name says how many examples a step sees.
+    A title says how many examples a step sees.
     """
     found = {}
-    for name in sizes.trained:
-        model = models.make(name, CLASSES)
-        x, y = _images(sizes, sizes.batch), _labels(CLASSES, sizes.batch)
-        variables = jax.eval_shape(model.init, jax.random.key(SEED), x)
-        task = Task(training.cross_entropy(model), variables, x, y)
-        found[f"{name}, batch {sizes.batch}"] = task
+    x, y = _images(sizes, sizes.batch), _labels(CLASSES, sizes.batch)
+    for name, dtype in sizes.trained:
+        model = models.make(name, CLASSES, jnp.dtype(dtype))
+        task = Task(training.cross_entropy(model), _variables(model, x), x, y)
+        words = [name, dtype] if dtype != "float32" else [name]
+        beside = {}
+        if name == "resnet18":
+            beside["none, in Flax and Optax alone"] = _plain(jnp.dtype(dtype), x, y)
+        found[", ".join([*words, f"batch {sizes.batch}"])] = task, beside
 
     def loss(params, kept, x, y):
         return training.mean_cross_entropy(transformer.logits(params, x), y), kept
@@ -131,7 +148,22 @@ def tasks(sizes: Sizes) -> dict[str, Task]:
     size, count = sizes.transformer, sizes.sequences
     tokens = _labels(size.vocabulary, count, size.length)
     task = Task(loss, {"params": transformer.shapes(size)}, tokens, tokens)
-    return found | {f"transformer, batch {count}": task}
+    return found | {f"transformer, batch {count}": (task, {})}
+
+
+def _plain(dtype: Any, x: jax.Array, y: jax.Array) -> Program:
+    """A step of `benchmarks.plain`."""
+    model, tx = plain.resnet18(CLASSES, dtype), optax.adam(1e-3)
+    variables = _variables(model, x)
+    params, kept = variables["params"], {"batch_stats": variables["batch_stats"]}
+    state = jax.eval_shape(tx.init, params)
+    run = functools.partial(plain.train_step, model, tx)
+    return Program(run, (params, kept, state, x, y), donated=(0, 1, 2))
+
+
+def _variables(model: nn.Module, x: jax.Array) -> Any:
+    """Shapes of what a network keeps."""
+    return jax.eval_shape(model.init, jax.random.key(SEED), x)
 
 
 def _images(sizes: Sizes, count: int) -> jax.Array:
@@ -146,9 +178,9 @@ def _labels(classes: int, *shape: int) -> jax.Array:
 def gbr(sizes: Sizes) -> dict[str, Column]:
     """Exact, with one pullback for each output, and by random projections."""
     x, key, columns = _images(sizes, sizes.examples), jax.random.key(SEED), {}
-    for name in sizes.sensitive:
+    for name in sizes.small:
         model = models.make(name, CLASSES)
-        network = values(jax.eval_shape(model.init, key, x[:1]))
+        network = values(_variables(model, x))
         logits = functools.partial(models.logits, model)
 
         def exact(network, x, logits=logits):
@@ -182,7 +214,7 @@ def _times(steps: dict[str, Callable], sizes: Sizes, calls: int = 1) -> Column:
 def populations(sizes: Sizes) -> dict[str, Column]:
     """Epochs of a network's runs, in the ways that `benchmarks.train` knows."""
     columns = {}
-    for name in sizes.trained:
+    for name in sizes.small:
         setup = train.Training(
             model=models.make(name, CLASSES),
             classes=CLASSES,
@@ -211,7 +243,7 @@ def bits(sizes: Sizes) -> dict[str, Column]:
     """A network of dense layers in floating point and from bits."""
     model = MLP((sizes.width,) * (sizes.layers - 1), sizes.width)
     x = jnp.ones((max(sizes.batches), sizes.width))
-    variables = values(jax.eval_shape(model.init, jax.random.key(SEED), x))
+    variables = values(_variables(model, x))
     floats = {form.label: form for form in deploy.FLOATS}
     forms = [(floats[label], variables) for label in sizes.floats]
     # Bits are decoded to what the network would run in otherwise.

@@ -17,16 +17,22 @@ class Timing(NamedTuple):
       low: The lower quartile of these ratios.
       high: The upper quartile of them.
       seconds: Of one step.
+      a_second: Examples that a step sees, over its time, if it sees some.
     """
 
     ratio: float
     low: float
     high: float
     seconds: float
+    a_second: float | None = None
 
     def each(self, count: int) -> "Timing":
         """Of one of ``count`` equal things that the step does."""
         return self._replace(seconds=_rounded(self.seconds / count))
+
+    def rated(self, examples: int) -> "Timing":
+        """Of a step that sees examples."""
+        return self._replace(a_second=_rounded(examples / self.seconds))
 
 
 def relative_times(
@@ -71,5 +77,5 @@ def _timing(own: np.ndarray, base: np.ndarray) -> Timing:
     return Timing(ratio, low, high, _rounded(np.median(own)))
 
 
-def _rounded(seconds: float) -> float:
-    return float(f"{seconds:.4g}")
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -59,9 +59,9 @@ def test_relative_times_are_medians_over_turns(monkeypatch):
     steps = {name: step(name, s) for name, s in zip("abc", (2, 3, 1), strict=True)}
     times = relative_times(steps, dict.fromkeys("abc", 0), rounds=20)
     assert times == {
-        "a": (1.0, 1.0, 1.0, 3.0),
-        "b": (1.5, 1.5, 1.5, 4.5),
-        "c": (0.5, 0.5, 0.5, 1.5),
+        "a": (1.0, 1.0, 1.0, 3.0, None),
+        "b": (1.5, 1.5, 1.5, 4.5, None),
+        "c": (0.5, 0.5, 0.5, 1.5, None),
     }
     orders = {tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)}
     assert len(calls) == 63 and len(orders) > 3
@@ -82,11 +82,12 @@ def test_quartiles_are_those_of_the_ratios(monkeypatch):
 
     steps = {"steady": steady, "growing": growing}
     times = relative_times(steps, dict.fromkeys(steps), rounds=4)
-    assert times["growing"] == (1.75, 1.375, 2.125, 3.5)  # 2, 3, 4 and 5 seconds
+    assert times["growing"] == (1.75, 1.375, 2.125, 3.5, None)  # 2, 3, 4 and 5 seconds
     assert times["growing"].each(7).seconds == 0.5
+    assert times["growing"].rated(7).a_second == 2.0
     calls.clear()
     times = relative_times(steps, dict.fromkeys(steps), rounds=1, calls=3)
-    assert times["growing"] == (1.5, 1.5, 1.5, 3.0)  # 2, 3 and 4 seconds
+    assert times["growing"] == (1.5, 1.5, 1.5, 3.0, None)  # 2, 3 and 4 seconds
     assert len(calls) == 1 + 3
 
 

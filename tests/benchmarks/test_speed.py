@@ -1,5 +1,7 @@
 """Every part of the speeds, at sizes that take no time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import benchmarks.__main__ as cli
 from benchmarks import growth, programs, record, report, speed, speed_parts, training
+from benchmarks.sizes import SIZES
 from benchmarks.timing import Timing
 
 TIMED = ("optimizers", "training", "gbr", "populations", "bits")
@@ -78,7 +81,11 @@ def test_every_part_is_measured_written_and_shown(calls, tmp_path, capsys):
     columns = result["timed"]["optimizers"]["columns"]
     assert [c["adam"]["seconds"] for c in columns.values()] == [6.0, 3.0]
     assert calls[:2] == [2, 1] and calls[-1] == 2
+    columns = result["timed"]["training"]["columns"]
+    rates = [column["none"]["a_second"] for column in columns.values()]
+    assert rates == [0.6667, 0.3333]  # 4 and 2 examples in 6 seconds
     shown = capsys.readouterr().out
+    assert "| none | 1.00 (1.00 to 3.00), 6e+03 ms, 1 a second |" in shown
     assert "| adam | 2.00 (1.00 to 3.00), 6e+03 ms | 2.00" in shown
     assert "| 10 layers | adam | 1 | 1 | 1 | 100.0 | 200.0 |" in shown
     assert f"--sizes quick --parts {','.join(TIMED)},growth`" in shown
@@ -99,6 +106,21 @@ def test_a_program_of_several_steps_does_what_calls_do():
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
     assert not np.allclose(params["kernel"], grads["kernel"])
+
+
+def test_a_plain_network_takes_the_place_of_its_own(calls):
+    """Its step goes from shapes to the same shapes, with as many of them."""
+    sizes = dataclasses.replace(SIZES["quick"], trained=(("resnet18", "bfloat16"),))
+    task, beside = speed_parts.tasks(sizes)["resnet18, bfloat16, batch 4"]
+    ours = training.step(task, REGULARIZERS["none"], programs.STEPS["adam"]())
+    (theirs,) = beside.values()
+    sizes_of = []
+    for program in (ours, theirs):
+        out = jax.eval_shape(program.run, *program.arguments)
+        given = jax.eval_shape(lambda p=program: p.arguments[:3])
+        assert out == given
+        sizes_of.append(sorted(leaf.size for leaf in jax.tree.leaves(out)))
+    assert sizes_of[0] == sizes_of[1]
 
 
 def test_what_is_not_installed_is_left_out_and_said(monkeypatch):
