@@ -43,42 +43,57 @@ def optimizers(sizes: Sizes) -> dict[str, Column]:
 
 
 def torch_steps(params: Any) -> dict[str, Callable[[Any], Any]]:
-    """Steps by their names, each with parameters of its own; eager ones come first."""
-    made = {
-        "torch, Adam": lambda: step(params),
-        "torch, Adam(fused=True)": lambda: step(params, fused=True),
-        "torch, Adam and walls": lambda: step(params, walls=True),
-        "torch, Adam, walls and momentum": lambda: step(params, True, True),
+    """Steps by their names, each with tensors of its own; eager ones come first."""
+    boxed = {"walls": True, "momentum": True}
+    eager = {
+        "torch, Adam": {},
+        "torch, Adam(fused=True)": {"fused": True},
+        "torch, Adam and walls": {"walls": True},
+        "torch, Adam, walls and momentum": boxed,
     }
-    steps = {name: make() for name, make in made.items()}
-    for name in ("torch, Adam", "torch, Adam, walls and momentum"):
+    compiled = {"torch, Adam": {}, "torch, Adam, walls and momentum": boxed}
+    steps = {
+        name: step(params, tensors(params), **options)
+        for name, options in eager.items()
+    }
+    for name, options in compiled.items():
+        run = importlib.import_module("torch").compile(
+            step(params, tensors(params), **options)
+        )
         with contextlib.suppress(TimeoutError), limited(PATIENCE):
-            compiled = importlib.import_module("torch").compile(made[name]())
-            compiled(None)
-            steps[f"{name}, compiled"] = compiled
+            run(None)
+            steps[f"{name}, compiled"] = run
     return steps
 
 
+def tensors(params: Any) -> list[Any]:
+    """A tree's leaves on the device that PyTorch has, with gradients."""
+    torch = importlib.import_module("torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    leaves = []
+    for leaf in jax.tree.leaves(values(params)):
+        leaves.append(torch.tensor(np.array(leaf), device=device, requires_grad=True))
+        leaves[-1].grad = leaves[-1].detach().clone()
+    return leaves
+
+
 def step(
-    params: Any, walls: bool = False, momentum: bool = False, **options: Any
+    params: Any,
+    leaves: list[Any],
+    walls: bool = False,
+    momentum: bool = False,
+    **options: Any,
 ) -> Callable[[Any], None]:
     """Adam, then volumization in as few calls as PyTorch has for lists of tensors.
 
     Args:
       params: The tree, which may be without values.
+      leaves: Its tensors.
       walls: Whether weights are pulled back to the box.
       momentum: Whether the momentum of those that were outside is damped, too.
       **options: Of Adam.
     """
     torch = importlib.import_module("torch")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def tensor(leaf):
-        return torch.tensor(np.asarray(leaf), device=device, requires_grad=True)
-
-    leaves = [tensor(leaf) for leaf in jax.tree.leaves(values(params))]
-    for leaf in leaves:
-        leaf.grad = leaf.detach().clone()
     adam = torch.optim.Adam(leaves, lr=LEARNING_RATE, **options)
     volumes = jax.tree.leaves(
         BOX["volume"](params), is_leaf=lambda volume: volume is None
@@ -87,7 +102,7 @@ def step(
     weights, high = [w for w, _ in inside], [float(v) for _, v in inside]
     low = [-v for v in high]
 
-    def run(_: Any = None) -> None:
+    def run(_: Any) -> None:
         adam.step()
         if walls:
             with torch.no_grad():
