@@ -266,9 +266,12 @@ def plan_markdown(result: dict) -> str:
             for name, plan in planned.items()
         ]
         lines += [*_markdown_table(["program", *PLAN_COLUMNS], cells), ""]
-    compiler = ", ".join(f"{name} {v}" for name, v in result["compiler"].items())
-    lines += [f"`{result['command']}`, {origin(result)},", f"by {compiler}."]
+    lines += [f"`{result['command']}`, {origin(result)},", f"by {_compiler(result)}."]
     return "\n".join(lines)
+
+
+def _compiler(result: dict) -> str:
+    return ", ".join(f"{name} {v}" for name, v in result["compiler"].items())
 
 
 def measured_markdown(result: dict) -> str:
@@ -310,7 +313,8 @@ def speed_markdown(result: dict) -> str:
             lines += [f"**{part}**: {table['about']}", ""]
             lines += [*_markdown_table(*cells(table["columns"])), ""]
     lines += [f"Left out: {why}\n" for why in result["left_out"].values()]
-    return "\n".join([*lines, f"`{result['command']}`, {origin(result)}."])
+    by = f", by {_compiler(result)}" if "compiler" in result else ""
+    return "\n".join([*lines, f"`{result['command']}`, {origin(result)}{by}."])
 
 
 def limits_table(speeds: dict[str, dict]) -> list[str]:

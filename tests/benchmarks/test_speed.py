@@ -155,3 +155,23 @@ def test_limits_are_compared_with_what_is_known():
     assert row in lines and "No GPU" not in lines[-1]
     measured["device"] = "2 x cpu"
     assert "No GPU" in report.limits_table({"run": measured})[-1]
+
+
+def test_parts_are_planned_for_a_device_that_is_not_there(
+    monkeypatch, tmp_path, capsys
+):
+    def counts(target, tick):
+        tick("adam")
+        return {"10 layers": {"adam": {"kernels": 10}}}
+
+    part = speed.PLANNED["growth"]._replace(count=counts)
+    monkeypatch.setitem(speed.PLANNED, "growth", part)
+    monkeypatch.setattr(speed.targets, "device", lambda target: None)
+    monkeypatch.setattr(speed, "version", lambda package: "1.2.3")
+    words = ["speed", "--target", "h100", "--parts", "growth", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    result = record.load(tmp_path / "speed-h100-growth.json")
+    assert result["device"] == "planned for one NVIDIA H100 80GB HBM3"
+    assert not result["timed"]
+    shown = capsys.readouterr().out
+    assert "| 10 layers | adam | 10 |" in shown and "jaxlib 1.2.3" in shown
