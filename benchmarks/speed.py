@@ -54,7 +54,8 @@ PARTS: dict[str, Part] = {
         speed_parts.bits,
     ),
     "torch": Part(
-        "Steps of optimizers in PyTorch and here, relative to PyTorch's Adam.",
+        "Steps of optimizers in PyTorch and here, relative to PyTorch's Adam. Without "
+        f"those that {speed_torch.PATIENCE} seconds were too few to compile.",
         speed_torch.optimizers,
         needs="torch",
     ),

@@ -35,7 +35,7 @@ def test_steps_are_the_same(options, name):
 
 
 def test_what_takes_too_long_is_ended():
-    with pytest.raises(TimeoutError), speed_torch.limited(1):
+    with pytest.raises(speed_torch.TooLong), speed_torch.limited(1):
         time.sleep(20)
     with speed_torch.limited(1):
         pass
