@@ -58,7 +58,8 @@ def torch_steps(params: Any) -> dict[str, Callable[[Any], Any]]:
     }
     torch = importlib.import_module("torch")
     # What other processes compile would go on while others are timed.
-    importlib.import_module("torch._inductor.config").compile_threads = 1
+    inductor: Any = importlib.import_module("torch._inductor.config")
+    inductor.compile_threads = 1
     for name, options in compiled.items():
         run = torch.compile(step(params, tensors(params), **options))
         with contextlib.suppress(TooLong), limited(PATIENCE):
