@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: compare, experiment, cost, report, pages."""
+"""``python -m benchmarks``: compare, experiment, cost, speed, report, pages."""
 
 import argparse
 import contextlib
@@ -24,6 +24,7 @@ from rich.progress import (
 from benchmarks import devices, record
 from benchmarks.data import DATASETS
 from benchmarks.experiments import EXPERIMENTS
+from benchmarks.sizes import SIZES
 from benchmarks.targets import TARGETS
 
 SIDE, ROUNDS = 1024, 200  # of what costs are measured on, by default
@@ -179,14 +180,19 @@ def cost(options: argparse.Namespace, console: Console) -> int:
     """Measures what a step of an optimizer costs, or counts it for another device."""
     if options.target and (options.side or options.rounds):
         raise ValueError("--side and --rounds are of measuring, not of a --target.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=options.out) as probe:
-        probe.write(bytes(2**16))  # a full disk is noticed before all is measured
+    _check_writable(options.out)
     result, name = (_planned if options.target else _measured)(options, console)
     out = options.out / f"{name}.json"
     record.save(result, out)
     show(out, console)
     return 0
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+    """A full disk is noticed before all is measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(2**16))
 
 
 def _measured(options: argparse.Namespace, console: Console) -> tuple[dict, str]:
@@ -211,8 +217,45 @@ def _planned(options: argparse.Namespace, console: Console) -> tuple[dict, str]:
         return plans.run(options.target, tick), f"cost-{options.target}"
 
 
+def speed(options: argparse.Namespace, console: Console) -> int:
+    """Times this machine's device, or counts what a compiler plans for another."""
+    from benchmarks import speed
+
+    parts = options.parts.split(",") if options.parts else None
+    if options.target and options.sizes:
+        raise ValueError("--sizes are of what is timed, not of a --target.")
+    ticks = speed.ticks(options.target, parts)
+    _check_writable(options.out)
+    run = _foreseen if options.target else _timed
+    with _progress(ticks, console) as tick:
+        result, words = run(options, parts, tick)
+    out = options.out / f"{'-'.join(['speed', *words, *(parts or ())])}.json"
+    record.save(result, out)
+    show(out, console)
+    return 0
+
+
+def _timed(options, parts: list[str] | None, tick) -> tuple[dict, list[str]]:
+    """Speeds of this machine's device, and what they are called by."""
+    from benchmarks.sizes import default_sizes
+    from benchmarks.speed import run
+
+    _mapping(None)  # each core is a device that populations can be spread over
+    usual = default_sizes()
+    sizes = options.sizes or usual
+    words = [jax.default_backend(), *([sizes] * (sizes != usual))]
+    return run(sizes, parts, tick), words
+
+
+def _foreseen(options, parts: list[str] | None, tick) -> tuple[dict, list[str]]:
+    """What a compiler plans for a device that need not be there."""
+    from benchmarks.speed import plan
+
+    return plan(options.target, parts, tick), [options.target]
+
+
 def pages(options: argparse.Namespace, console: Console) -> int:
-    """Writes the committed results into RESULTS.md and COSTS.md."""
+    """Writes the committed results into RESULTS.md, COSTS.md and SPEED.md."""
     from benchmarks.pages import stale, update
 
     if not options.check:
@@ -230,13 +273,22 @@ def pages(options: argparse.Namespace, console: Console) -> int:
 def show(file: pathlib.Path, console: Console, out: pathlib.Path | None = None) -> None:
     """Table, sentences and plots of a result file."""
     from benchmarks import plots
-    from benchmarks.report import cost_markdown, deployed_table, table, verdict
+    from benchmarks.report import (
+        cost_markdown,
+        deployed_table,
+        speed_markdown,
+        table,
+        verdict,
+    )
 
     result, where = record.load(file), f"The result is in {file}."
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     try:
         if record.is_cost(result):
             console.print(cost_markdown(result), highlight=False)
+            say(where)
+        elif record.is_speed(result):
+            say(speed_markdown(result))
             say(where)
         else:
             console.print(table(result))
@@ -349,13 +401,37 @@ def _parser() -> argparse.ArgumentParser:
     _add_out(add)
     add.set_defaults(command=cost)
 
+    add = commands.add_parser(
+        "speed",
+        help="time steps, training, GBR, populations, bits and PyTorch on this device",
+    )
+    add.add_argument(
+        "--parts",
+        help="separated by commas: optimizers,training,gbr,populations,bits,torch,"
+        "growth, or for a --target training,growth; default: all",
+    )
+    add.add_argument(
+        "--sizes",
+        choices=tuple(SIZES),
+        help="of what is timed, see benchmarks/sizes.py; default: those for the device",
+    )
+    add.add_argument(
+        "--target",
+        choices=("h100",),
+        help="a device that need not be there: training steps and growing trees are "
+        "compiled for it, not run",
+    )
+    _add_out(add)
+    add.set_defaults(command=speed)
+
     add = commands.add_parser("report", help="redraw table and plots of a result")
     add.add_argument("result", type=pathlib.Path)
     add.add_argument("--out", type=_folder, help="folder for the plots")
     add.set_defaults(command=report)
 
     add = commands.add_parser(
-        "pages", help="write benchmarks/RESULTS.md and COSTS.md from committed results"
+        "pages",
+        help="write RESULTS.md, COSTS.md and SPEED.md from committed results",
     )
     add.add_argument(
         "--check", action="store_true", help="only say whether they are current"

@@ -313,7 +313,7 @@ def step_times(data: Dataset, settings: Settings, results: dict) -> dict[str, fl
 
         steps[name] = several
     times = relative_times(steps, carries, seconds=60)
-    return {name: times[name] for name in results}
+    return {name: times[name].ratio for name in results}
 
 
 def _source(data: Dataset, settings: Settings, tick: Tick) -> robustness.Network:

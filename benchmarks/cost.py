@@ -1,8 +1,6 @@
 """What a step of an optimizer costs: time, memory traffic and temporaries."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +10,11 @@ import optax
 import weightreg as wr
 from benchmarks import deploy, models, programs
 from benchmarks.environment import environment
-from benchmarks.programs import COMPLEXITY, ENERGY, STEPS
+from benchmarks.programs import STEPS
 from benchmarks.record import FORMAT
-from benchmarks.timing import relative_times
-from benchmarks.train import example_loss, initialize
+from benchmarks.timing import Timing, relative_times
+from benchmarks.train import initialize
+from benchmarks.training import ENC, REGULARIZERS, Task, cross_entropy, step
 
 LEAVES = 16
 TIMED = ("adam", "adamw", "chain(adam, volumize)", "volumized(adam)")
@@ -24,34 +23,9 @@ OPTIMIZERS = {name: STEPS[name] for name in TIMED}
 TRAINED = ("mlp1024", "cnn16")
 
 
-class Regularizer(NamedTuple):
-    """What a training step has beside the network's own loss and the optimizer.
-
-    Attributes:
-      penalty: Added to the loss.
-      link: Comes before the optimizer.
-      norm: From what is trained to what the network runs on.
-    """
-
-    penalty: Callable[[Any], Any] = lambda params: 0.0
-    link: optax.GradientTransformation = optax.identity()
-    norm: Callable[[Any], Any] = lambda params: params
-
-
-ENC = wr.equivalent_norm()
 # Of whole training steps with momentum.
-REGULARIZERS = {
-    "none": Regularizer(),
-    "add_decayed_weights": Regularizer(
-        link=optax.add_decayed_weights(1e-4, mask=wr.weight_mask)
-    ),
-    "weissi in the loss": Regularizer(wr.weissi(ENERGY, COMPLEXITY)),
-    "add_weissi": Regularizer(link=wr.add_weissi(ENERGY, COMPLEXITY)),
-    "equivalent_norm": Regularizer(norm=ENC),
-    "equivalent_norm and add_shifted_l2": Regularizer(
-        link=wr.add_shifted_l2(1e-4, 1e-3), norm=ENC
-    ),
-}
+REGULARIZED = ("none", "add_decayed_weights", "weissi in the loss", "add_weissi")
+REGULARIZED += ("equivalent_norm", "equivalent_norm and add_shifted_l2")
 
 
 def compiled_step(tx: optax.GradientTransformation, params: Any, grads: Any):
@@ -71,26 +45,22 @@ def memory(compiled, parameters: int) -> dict[str, float]:
 
 
 def training_times(model: str, batch: int, rounds: int) -> dict[str, float]:
-    """Times of training steps with each of `REGULARIZERS`, relative to none."""
+    """Times of training steps with each of `REGULARIZED`, relative to none."""
     network, x, y = _task(model, batch)
-    steps, carries = {}, {}
-    for name, (penalty, link, norm) in REGULARIZERS.items():
-        tx = optax.chain(link, optax.sgd(1e-3, momentum=0.9))
+    loss, steps, carries = cross_entropy(network), {}, {}
+    for name in REGULARIZED:
+        optimizer = optax.sgd(1e-3, momentum=0.9)
+        variables = initialize(network, 0, x[:1])[0]
+        task = Task(loss, variables, x, y)
+        run, (*carry, _, _), donated = step(task, REGULARIZERS[name], optimizer)
+        compiled = jax.jit(run, donate_argnums=donated)
+        steps[name] = lambda carry, run=compiled: run(*carry, x, y)
+        carries[name] = carry
+    return _ratios(relative_times(steps, carries, rounds))
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def step(carry, tx=tx, penalty=penalty, norm=norm):
-            params, state = carry
 
-            def loss(params):
-                variables = {"params": norm(params)}
-                return example_loss(network, variables, x, y).mean() + penalty(params)
-
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            return optax.apply_updates(params, updates), state
-
-        params = initialize(network, 0, x[:1])[0]["params"]
-        steps[name], carries[name] = step, (params, tx.init(params))
-    return relative_times(steps, carries, rounds)
+def _ratios(times: dict[str, Timing]) -> dict[str, float]:
+    return {name: time.ratio for name, time in times.items()}
 
 
 def inference_times(model: str, batch: int, rounds: int) -> dict[str, float]:
@@ -104,7 +74,7 @@ def inference_times(model: str, batch: int, rounds: int) -> dict[str, float]:
     copy = jax.tree.map(jnp.copy, params)
     given = {"plain": params, "folded": ENC(params), "mapped in every call": copy}
     runs = {k: lambda _, k=k, step=step: step(given[k]) for k, step in steps.items()}
-    return relative_times(runs, dict.fromkeys(runs), rounds)
+    return _ratios(relative_times(runs, dict.fromkeys(runs), rounds))
 
 
 def forms_of(model: str, rounds: int) -> dict[str, dict]:
@@ -134,10 +104,10 @@ def run(side: int, rounds: int) -> dict:
     compiled, steps, carries = {}, {}, {}
     for name, make in OPTIMIZERS.items():
         tx = make()
-        compiled[name] = step = compiled_step(tx, grads, grads)
+        compiled[name] = run = compiled_step(tx, grads, grads)
         params = jax.tree.map(lambda g: jnp.array(0.01 * g), grads)
         carries[name] = params, tx.init(params)
-        steps[name] = lambda carry, step=step: step(*carry, grads)
+        steps[name] = lambda carry, run=run: run(*carry, grads)
     times = relative_times(steps, carries, rounds)
     return {
         "format": FORMAT,
@@ -145,7 +115,8 @@ def run(side: int, rounds: int) -> dict:
         "parameters": parameters,
         **environment(),
         "optimizers": {
-            name: {"relative_time": times[name]} | memory(compiled[name], parameters)
+            name: {"relative_time": times[name].ratio}
+            | memory(compiled[name], parameters)
             for name in OPTIMIZERS
         },
         "training": {model: training_times(model, 100, rounds) for model in TRAINED},

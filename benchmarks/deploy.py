@@ -121,7 +121,7 @@ def measure(
 
             steps[name], carries[name] = several, None
         for name, time in relative_times(steps, carries, rounds, seconds).items():
-            found[name][f"relative_time_{batch}"] = time
+            found[name][f"relative_time_{batch}"] = time.ratio
     return found
 
 

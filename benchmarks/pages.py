@@ -1,4 +1,4 @@
-"""``RESULTS.md`` and ``COSTS.md``: each committed result once, with what it means."""
+"""``RESULTS.md``, ``COSTS.md`` and ``SPEED.md``: each result once, with its meaning."""
 
 import pathlib
 from typing import Any
@@ -6,7 +6,13 @@ from typing import Any
 from benchmarks import record
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.plots import dataset, title
-from benchmarks.report import ENOUGH_TRIALS, cost_markdown, markdown
+from benchmarks.report import (
+    ENOUGH_TRIALS,
+    cost_markdown,
+    limits_table,
+    markdown,
+    speed_markdown,
+)
 
 FOLDER = pathlib.Path(__file__).parent
 # The committed pictures: results, and what is drawn of them.
@@ -91,10 +97,29 @@ between its two memories. Seconds are the compiler's own, of processors; the las
 has those to compile over Adam's. `equivalent_norm` has the number of the paper's
 equation, and `vjp(...)` is the map together with its pullback.
 """
+SPEED_HEAD = f"""\
+# Speed
+
+{WRITTEN}
+
+`python -m benchmarks speed` times steps of optimizers, whole training steps, GBR,
+populations of runs, inference from bits, and, where PyTorch is installed, the same
+steps there. All runs in one process, on whatever device JAX has. What is compared takes
+turns, in another order each round. A cell has the median of the ratios to the first
+row, turn by turn, their quartiles, and the median time. Sizes differ between CPUs and
+accelerators, and each result's file says them; ratios of one cannot be compared with
+those of the other.
+
+"One by one": the host calls step after step and waits for none, so that its own time
+shows where steps are short. "In one program": it calls a loop.
+
+`python -m benchmarks speed --target h100` needs no H100. It has the compiler plan whole
+training steps and growing trees for one, and counts. Nothing is run.
+"""
 
 
 def update(folder: pathlib.Path = FOLDER) -> None:
-    """Writes both pages beside the folder ``results`` that they are written from."""
+    """Writes the pages beside the folder ``results`` that they are written from."""
     for page, text in _pages(folder).items():
         record.write(text.encode(), page)
 
@@ -109,7 +134,7 @@ def stale(folder: pathlib.Path = FOLDER) -> list[pathlib.Path]:
 
 
 def _pages(folder: pathlib.Path) -> dict[pathlib.Path, str]:
-    """Both pages by their files.
+    """The pages by their files.
 
     Raises:
       ValueError: A file is no result, or is not complete.
@@ -119,7 +144,8 @@ def _pages(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     ]
     results = {file.stem: record.load(file) for file in files}
     costs = {stem: r for stem, r in results.items() if record.is_cost(r)}
-    compared = {stem: r for stem, r in results.items() if stem not in costs}
+    speeds = {stem: r for stem, r in results.items() if record.is_speed(r)}
+    compared = {s: r for s, r in results.items() if s not in costs | speeds}
     for stem, result in compared.items():
         if not result["complete"]:
             raise ValueError(
@@ -129,6 +155,7 @@ def _pages(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     return {
         folder / "RESULTS.md": _results(compared),
         folder / "COSTS.md": _costs(costs),
+        folder / "SPEED.md": _speeds(speeds),
     }
 
 
@@ -184,4 +211,12 @@ def _costs(costs: dict[str, dict[str, Any]]) -> str:
     for stem, result in sorted(costs.items()):
         file = f"[{stem}.json](results/{stem}.json)"
         lines += [f"## {stem}", "", cost_markdown(result), "", file, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _speeds(speeds: dict[str, dict[str, Any]]) -> str:
+    lines = [SPEED_HEAD, "## Limits for an H100", "", *limits_table(speeds), ""]
+    for stem, result in sorted(speeds.items()):
+        file = f"[{stem}.json](results/{stem}.json)"
+        lines += [f"## {stem}", "", speed_markdown(result), "", file, ""]
     return "\n".join(lines).rstrip() + "\n"

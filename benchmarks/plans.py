@@ -58,7 +58,7 @@ def run(target: str, tick: Callable[[str], None] = lambda what: None) -> dict[st
 
 
 def plans(
-    target: str,
+    target: str | None,
     params: Any,
     names: Iterable[str],
     tick: Callable[[str], None] = lambda name: None,

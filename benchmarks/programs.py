@@ -3,7 +3,8 @@
 To add an optimizer, add an entry to `STEPS`; to add a map, add one to `MAPS`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -90,3 +91,14 @@ def step(tx: optax.GradientTransformation, params: Any, grads: Any) -> Program:
         return optax.apply_updates(params, updates), state
 
     return Program(step, (params, jax.eval_shape(tx.init, params), grads), (0, 1))
+
+
+def compiled(programs: Mapping[str, Program]) -> dict[str, Callable]:
+    """Programs that can be run: compilers work side by side, and hold no lock."""
+    lowered = [
+        jax.jit(p.run, donate_argnums=p.donated).lower(*p.arguments)
+        for p in programs.values()
+    ]
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(lambda one: one.compile(), lowered)
+        return dict(zip(programs, done, strict=True))

@@ -95,6 +95,14 @@ PLANS = {
         }
     },
 }
+TIMING = dict.fromkeys(("ratio", "low", "high", "seconds"), "a number")
+SPEED = {
+    "command": "text",
+    "device": "text",
+    "left_out": {EACH: "text"},
+    "timed": {EACH: {"about": "text", "columns": {EACH: {EACH: TIMING}}}},
+    "counted": {EACH: {"about": "text", "columns": {EACH: {EACH: TIMES[EACH]}}}},
+}
 
 
 def save(result: dict, out: pathlib.Path) -> None:
@@ -149,7 +157,7 @@ def partials(out: pathlib.Path) -> list[pathlib.Path]:
 
 
 def load(file: pathlib.Path) -> dict[str, Any]:
-    """Reads a comparison or costs, and refuses a file that is neither.
+    """Reads a comparison, costs or speeds, and refuses a file that is none.
 
     Raises:
       ValueError: The file is no JSON, or lacks what a result has, or is newer.
@@ -169,7 +177,9 @@ def load(file: pathlib.Path) -> dict[str, Any]:
             f"{file} has format {version!r}, but this version reads {FORMAT} only: "
             f"read it with the version that wrote it."
         )
-    if is_plan(result):
+    if is_speed(result):
+        _check(result, SPEED, "", file)
+    elif is_plan(result):
         _check(result, PLANS, "", file)
     elif is_cost(result):
         _check(result, COST, "", file)
@@ -188,6 +198,11 @@ def is_cost(result: dict) -> bool:
 def is_plan(result: dict) -> bool:
     """Whether a result is what a compiler plans, rather than what was measured."""
     return "plans" in result
+
+
+def is_speed(result: dict) -> bool:
+    """Whether a result is of `benchmarks.speed`."""
+    return "timed" in result
 
 
 def refuse_another(settings: dict, out: pathlib.Path, data: dict | None = None) -> None:

@@ -9,6 +9,7 @@ from benchmarks.deploy import BATCHES
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.plots import title
 from benchmarks.record import is_plan
+from benchmarks.step_plans import BATCH, LIMITS, MODEL
 
 COLUMNS = {
     "best": "best",
@@ -266,9 +267,12 @@ def plan_markdown(result: dict) -> str:
             for name, plan in planned.items()
         ]
         lines += [*_markdown_table(["program", *PLAN_COLUMNS], cells), ""]
-    compiler = ", ".join(f"{name} {v}" for name, v in result["compiler"].items())
-    lines += [f"`{result['command']}`, {origin(result)},", f"by {compiler}."]
+    lines += [f"`{result['command']}`, {origin(result)},", f"by {_compiler(result)}."]
     return "\n".join(lines)
+
+
+def _compiler(result: dict) -> str:
+    return ", ".join(f"{name} {v}" for name, v in result["compiler"].items())
 
 
 def measured_markdown(result: dict) -> str:
@@ -300,6 +304,105 @@ def measured_markdown(result: dict) -> str:
     lines += ["", f"`{result['command']}`, {millions:.1f} million float32 parameters,"]
     lines += [f"{origin(result)}; times relative to the first."]
     return "\n".join(lines)
+
+
+def speed_markdown(result: dict) -> str:
+    """A table for each part of `benchmarks.speed`, below what it is about."""
+    lines = []
+    for kind, cells in (("timed", _timed), ("counted", _counted)):
+        for part, table in result[kind].items():
+            lines += [f"**{part}**: {table['about']}", ""]
+            lines += [*_markdown_table(*cells(table["columns"])), ""]
+    lines += [f"Left out: {why}\n" for why in result["left_out"].values()]
+    by = f", by {_compiler(result)}" if "compiler" in result else ""
+    return "\n".join([*lines, f"`{result['command']}`, {origin(result)}{by}."])
+
+
+def limits_table(speeds: dict[str, dict]) -> list[str]:
+    """What training steps may take on an H100, and what is known of that.
+
+    Args:
+      speeds: Results of `benchmarks.speed` by the names of their files.
+    """
+    column = f"{MODEL}, batch {BATCH}"
+
+    def known(kind: str) -> dict[str, dict]:
+        """The column of the last result that has it on an H100."""
+        tables = [
+            result[kind]["training"]["columns"][column]
+            for result in speeds.values()
+            if "H100" in result["device"]
+            and column in result[kind].get("training", {}).get("columns", {})
+        ]
+        return tables[-1] if tables else {}
+
+    planned, timed = known("counted"), known("timed")
+    rows = [
+        [
+            _code(name),
+            f"{limit:.2f}",
+            *_bounds(planned.get(name), limit),
+            _timing(timed.get(name)),
+        ]
+        for name, limit in LIMITS.items()
+    ]
+    head = [column, "may take", "by bytes alone", "at most", "", "takes"]
+    lines = [
+        "Times of training steps over that without regularization: what they may take, "
+        "what they take by their plans, and what they take. A plan keeps a limit where "
+        "bytes and kernels do, and leaves it open where bytes alone do.",
+        "",
+        *_markdown_table(head, rows),
+    ]
+    if not timed:
+        lines += ["", "No GPU has been timed yet: there is no file of one."]
+    return lines
+
+
+def _bounds(row: dict | None, limit: float) -> list[str]:
+    """What a plan says of a limit."""
+    if row is None:
+        return ["", "", ""]
+    low, high = row["bytes alone"], row["at most"]
+    said = "kept" if high <= limit else "open" if low <= limit else "exceeded"
+    return [f"{low:.3f}", f"{high:.3f}", said]
+
+
+def _timed(columns: dict) -> tuple[list[str], list[list[str]]]:
+    """Programs by rows, and what they run on by columns."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [
+        [name, *(_timing(column.get(name)) for column in columns.values())]
+        for name in names
+    ]
+    return ["", *columns], rows
+
+
+def _timing(timing: dict | None) -> str:
+    if timing is None:
+        return ""
+    ratio, low, high = (f"{timing[name]:.2f}" for name in ("ratio", "low", "high"))
+    rate = f", {timing['a_second']:,.0f} a second" if "a_second" in timing else ""
+    return f"{ratio} ({low} to {high}), {1000 * timing['seconds']:.3g} ms{rate}"
+
+
+def _counted(columns: dict) -> tuple[list[str], list[list[str]]]:
+    """Each program a row, and what is counted by columns."""
+    kept = [
+        (column, name, counts)
+        for column, programs in columns.items()
+        for name, counts in programs.items()
+    ]
+    names = dict.fromkeys(name for _, _, counts in kept for name in counts)
+    rows = [
+        [column, program, *(_number(counts.get(name)) for name in names)]
+        for column, program, counts in kept
+    ]
+    return ["", "", *names], rows
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,}"
 
 
 def _markdown_table(head: list[str], cells: list[list[str]]) -> list[str]:

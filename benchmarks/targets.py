@@ -66,6 +66,12 @@ gpu_device_info {
 """
 # Instructions for which a GPU launches nothing.
 IDLE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+
+
+def _is_launched(opcode: str) -> bool:
+    return opcode not in IDLE
+
+
 TARGETS: dict[str, Target] = {
     "h100": Target(
         "NVIDIA H100 80GB HBM3",
@@ -76,7 +82,7 @@ TARGETS: dict[str, Target] = {
             "topology": "1x1x4",
             "target_config": H100,
         },
-        lambda opcode: opcode not in IDLE,
+        _is_launched,
         {
             "resnet50": ("steps",),
             "32x2048x2048": ("steps",),
@@ -166,14 +172,23 @@ def devices(name: str) -> list[Any]:
 
 
 def plan(
-    name: str, run: Callable, arguments: tuple, donated: tuple[int, ...] = ()
+    name: str | None, run: Callable, arguments: tuple, donated: tuple[int, ...] = ()
 ) -> Plan:
     """Compiles a function for a target, of which only shapes and dtypes matter.
+
+    Args:
+      name: Of the target; None for this machine's first device.
+      run: The function.
+      arguments: Trees of arrays, or of what has their shapes and dtypes.
+      donated: Which of them it may overwrite.
 
     Raises:
       ValueError: There is no compiler for the target.
     """
-    sharding = jax.sharding.SingleDeviceSharding(device(name))
+    sharding = jax.sharding.SingleDeviceSharding(
+        device(name) if name else jax.devices()[0]
+    )
+    is_kernel = TARGETS[name].is_kernel if name else _is_launched
     there = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
@@ -185,7 +200,7 @@ def plan(
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
     return Plan(
-        kernels=sum(map(TARGETS[name].is_kernel, opcodes(text))),
+        kernels=sum(map(is_kernel, opcodes(text))),
         bytes=_bytes_accessed(compiled),
         temporary_bytes=memory.temp_size_in_bytes,
         trace_seconds=traced - begun,

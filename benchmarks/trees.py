@@ -9,10 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import transformer
+from benchmarks.transformer import Size
+
 # Blocks of each of ResNet-50's stages, and channels within them.
 STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
 TREES: dict[str, Callable[[], Any]] = {
     "resnet50": lambda: resnet(STAGES),
+    # As many leaves with a quarter of the channels.
+    "resnet50, narrow": lambda: resnet([(n, c // 4) for n, c in STAGES], 16),
+    # Layers are stacked.
+    "transformer of 100M": lambda: transformer.shapes(Size(12, 768, 10_000, 512)),
+    "transformer of 2M": lambda: transformer.shapes(Size(12, 96, 4_000, 512)),
+    "1000x64x64": lambda: kernels(1000, 64),
+    "100x64x64": lambda: kernels(100, 64),
+    "2x8x8": lambda: kernels(2, 8),
+    "16x512x512": lambda: kernels(16, 512),
     "32x2048x2048": lambda: kernels(32, 2048),
     "8x2048x2048": lambda: kernels(8, 2048),
     "4x4096x4096": lambda: kernels(4, 4096),
@@ -24,9 +36,11 @@ def kernels(count: int, side: int) -> dict[str, Any]:
     return {str(i): _leaf(side, side) for i in range(count)}
 
 
-def resnet(stages: Sequence[tuple[int, int]], classes: int = 1000) -> dict[str, Any]:
+def resnet(
+    stages: Sequence[tuple[int, int]], stem: int = 64, classes: int = 1000
+) -> dict[str, Any]:
     """A ResNet of bottlenecks: kernels, and scales and biases of normalizations."""
-    layers, width = {"stem": _convolution(7, 3, 64)}, 64
+    layers, width = {"stem": _convolution(7, 3, stem)}, stem
     for stage, (blocks, channels) in enumerate(stages):
         for i in range(blocks):
             block = f"stage{stage}_block{i}"

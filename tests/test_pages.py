@@ -327,7 +327,7 @@ SETTINGS = {
 }
 RESULTS = ROOT / "benchmarks/results"
 COST = json.loads((RESULTS / "cost-cpu.json").read_text("utf8"))
-GENERATED = ("benchmarks/COSTS.md", "benchmarks/RESULTS.md")
+GENERATED = tuple(f"benchmarks/{page}.md" for page in ("COSTS", "RESULTS", "SPEED"))
 PLANNED = [json.loads(f.read_text("utf8")) for f in RESULTS.glob("cost-*.json")]
 PLANNED = [planned["plans"] for planned in PLANNED if "plans" in planned]
 

@@ -58,23 +58,52 @@ def test_relative_times_are_medians_over_turns(monkeypatch):
 
     steps = {name: step(name, s) for name, s in zip("abc", (2, 3, 1), strict=True)}
     times = relative_times(steps, dict.fromkeys("abc", 0), rounds=20)
-    assert times == {"a": 1.0, "b": 1.5, "c": 0.5}
+    assert times == {
+        "a": (1.0, 1.0, 1.0, 3.0, None),
+        "b": (1.5, 1.5, 1.5, 4.5, None),
+        "c": (0.5, 0.5, 0.5, 1.5, None),
+    }
     orders = {tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)}
     assert len(calls) == 63 and len(orders) > 3
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
 
 
+def test_quartiles_are_those_of_the_ratios(monkeypatch):
+    """By a clock that one step moves farther each time it is called."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def growing(carry):
+        calls.append(carry)
+        now[0] += len(calls)
+
+    def steady(carry):
+        now[0] += 2.0
+
+    steps = {"steady": steady, "growing": growing}
+    times = relative_times(steps, dict.fromkeys(steps), rounds=4)
+    assert times["growing"] == (1.75, 1.375, 2.125, 3.5, None)  # 2, 3, 4 and 5 seconds
+    assert times["growing"].each(7).seconds == 0.5
+    assert times["growing"].rated(7).a_second == 2.0
+    calls.clear()
+    times = relative_times(steps, dict.fromkeys(steps), rounds=1, calls=3)
+    assert times["growing"] == (1.5, 1.5, 1.5, 3.0, None)  # 2, 3 and 4 seconds
+    assert len(calls) == 1 + 3
+
+
 def test_training_steps_are_timed_with_what_they_say(monkeypatch):
     """Penalties in the loss and in the chain take the same step, and others do not."""
+    params = {}
 
     def end(steps, carries, rounds):
-        return {name: step(carries[name])[0] for name, step in steps.items()}
+        params.update({name: step(carries[name])[0] for name, step in steps.items()})
+        return {}
 
     monkeypatch.setattr(cost, "relative_times", end)
     # With the benchmark's own rate the first step would differ by roundings alone.
     sgd = functools.partial(optax.sgd, 100.0)
     monkeypatch.setattr(cost.optax, "sgd", lambda rate, momentum: sgd(momentum))
-    params = cost.training_times("mlp", 8, rounds=1)
+    cost.training_times("mlp", 8, rounds=1)
     kernel = lambda name: params[name]["Dense_0"]["kernel"]  # noqa: E731
     np.testing.assert_allclose(
         kernel("weissi in the loss"), kernel("add_weissi"), rtol=1e-5, atol=1e-7
@@ -91,6 +120,7 @@ def test_folded_networks_run_the_program_of_plain_ones(monkeypatch):
 
     def once(steps, carries, rounds):
         outputs.update({name: step(carries[name]) for name, step in steps.items()})
+        return {}
 
     monkeypatch.setattr(cost, "relative_times", once)
     cost.inference_times("mlp", 8, rounds=1)

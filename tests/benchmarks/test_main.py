@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_measuring(
 
     monkeypatch.setattr(record, "write", denied)
     monkeypatch.setattr(cli.tempfile, "TemporaryFile", denied)
-    for command in (["compare"], ["cost"]):
+    for command in (["compare"], ["cost"], ["speed"]):
         assert cli.main([*command, "--out", str(tmp_path)]) == 2
         *_, line = capsys.readouterr().err.splitlines()
         assert "Permission denied" in line and str(tmp_path) in line
@@ -263,6 +263,14 @@ def test_no_part_of_an_experiment_begins_where_another_cannot(
         (["cost", "--rounds", "0"], "--rounds: must be a whole number of at least 1"),
         (["cost", "--rounds", "many"], "but is many"),
         (["cost", "--out", "FILE"], "--out: must be a folder, but FILE is a file"),
+        (["speed", "--parts", "bits,x"], "parts must be among .*, not x"),
+        (["speed", "--sizes", "huge"], "--sizes: invalid choice: 'huge'"),
+        (["speed", "--target", "v5e"], "--target: invalid choice: 'v5e'"),
+        (["speed", "--target", "h100", "--sizes", "cpu"], "not of a --target"),
+        (
+            ["speed", "--target", "h100", "--parts", "bits"],
+            "parts for a --target must be among training, growth, not bits",
+        ),
         (["compare", "--out", "FILE/below"], "--out: must be a folder, but FILE is"),
         (["report", "FILE", "--out", "FILE"], "--out: must be a folder, but FILE is"),
         (["compare", "--dataset", "imagenet"], "dataset.* 'imagenet'"),

@@ -1,4 +1,4 @@
-"""The two pages of results."""
+"""The pages of results."""
 
 import json
 import pathlib
@@ -13,7 +13,9 @@ from benchmarks import pages, record, report
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMPARED = [
-    f for f in sorted(pages.FOLDER.glob("results/*.json")) if "cost" not in f.name
+    f
+    for f in sorted(pages.FOLDER.glob("results/*.json"))
+    if not f.name.startswith(("cost", "speed"))
 ]
 
 
@@ -27,7 +29,11 @@ def test_the_pages_show_the_committed_results(monkeypatch, capsys):
 
 def test_pages_are_written_from_results_alone(tmp_path):
     (tmp_path / "results").mkdir()
-    assert {page.name for page in pages.stale(tmp_path)} == {"RESULTS.md", "COSTS.md"}
+    assert {page.name for page in pages.stale(tmp_path)} == {
+        "RESULTS.md",
+        "COSTS.md",
+        "SPEED.md",
+    }
     for stem in ("digits-noise40", "weissi-table1-cpu-cnn", "cost-cpu"):
         shutil.copy(pages.FOLDER / f"results/{stem}.json", tmp_path / "results")
     record.save({}, record.partial(tmp_path / "results/digits-noise40.json"))

@@ -41,6 +41,17 @@ def test_a_map_comes_alone_and_with_its_pullback(name):
     assert_close(got, (mapped, pullback(cotangents)))
 
 
+def test_programs_are_compiled_by_their_names():
+    given = {
+        "twice": programs.Program(lambda x: 2 * x, (KERNEL,)),
+        "half": programs.Program(lambda x: x / 2, (KERNEL,), donated=(0,)),
+    }
+    run = programs.compiled(given)
+    assert list(run) == ["twice", "half"]
+    assert_close(run["twice"](KERNEL), 2 * KERNEL)
+    assert_close(run["half"](jnp.copy(KERNEL)), KERNEL / 2)
+
+
 def test_all_are_compared_with_adam():
     assert programs.names(["steps"]) == list(programs.STEPS)
     maps = [*programs.MAPS, *programs.PULLBACKS]
@@ -52,6 +63,9 @@ def test_all_are_compared_with_adam():
     ("tree", "leaves", "parameters"),
     [
         ("resnet50", 161, 25_557_032),  # as in the paper and everywhere since
+        ("resnet50, narrow", 161, 1_993_976),
+        ("transformer of 100M", 18, 100_819_216),
+        ("1000x64x64", 1000, 1000 * 64**2),
         ("32x2048x2048", 32, 32 * 2048**2),
         ("8x2048x2048", 8, 8 * 2048**2),
         ("4x4096x4096", 4, 4 * 4096**2),

@@ -178,6 +178,8 @@ def changed(**values):
 
 
 COST = json.loads((RESULTS / "cost-cpu.json").read_text())
+TIMES = {"about": "", "columns": {"a": {"b": {"ratio": "1"}}}}
+SPEED = {"command": "", "device": "", "left_out": {}, "counted": {}}
 
 
 @pytest.mark.parametrize(
@@ -203,6 +205,11 @@ COST = json.loads((RESULTS / "cost-cpu.json").read_text())
         (
             json.dumps(COST | {"optimizers": {"adam": {"bytes": 1}}}),
             "lacks the field optimizers.adam.relative_time",
+        ),
+        ('{"timed": {}}', "lacks the field command"),
+        (
+            json.dumps(SPEED | {"timed": {"bits": TIMES}}),
+            "a number as timed.bits.columns.a.b.ratio",
         ),
     ],
 )

@@ -18,6 +18,12 @@ REGISTRIES = {
     "TREES": "trees.py",
     "STEPS": "programs.py",
     "MAPS": "programs.py",
+    "REGULARIZERS": "training.py",
+    "SIZES": "sizes.py",
+    "PARTS": "speed.py",
+    "PLANNED": "speed.py",
+    "GROWTH": "growth.py",
+    "LIMITS": "step_plans.py",
 }
 CHANGES = {"update", "setdefault", "pop", "popitem", "clear", "__setitem__"}
 

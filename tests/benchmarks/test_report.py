@@ -8,7 +8,11 @@ from benchmarks import report
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.pages import FOLDER
 
-COMMITTED = [f for f in sorted(FOLDER.glob("results/*.json")) if "cost" not in f.name]
+COMMITTED = [
+    f
+    for f in sorted(FOLDER.glob("results/*.json"))
+    if not f.name.startswith(("cost", "speed"))
+]
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda f: f.stem)
