@@ -240,7 +240,8 @@ def _timed(options, parts: list[str] | None, tick) -> tuple[dict, list[str]]:
     from benchmarks.sizes import default_sizes
     from benchmarks.speed import run
 
-    _mapping(None)  # each core is a device that populations can be spread over
+    _spread_over_cores()  # populations take all of them
+    devices.announce()
     usual = default_sizes()
     sizes = options.sizes or usual
     words = [jax.default_backend(), *([sizes] * (sizes != usual))]

@@ -120,6 +120,7 @@ def test_under_vmap_the_logits_are_stacked_and_still_no_weight():
     assert [layer.shape for layer in wr.weight_layers(state)] == [(3, 4, 4)]
 
 
+@pytest.mark.usefixtures("full_precision")
 def test_scanned_blocks_equal_a_loop():
     blocks = stacked()
     spread = jnp.array([[1.0, 0.0], [-2.0, 0.5], [0.0, 0.0]])
