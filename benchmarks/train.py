@@ -169,7 +169,7 @@ class Population:
         training: Training,
         arrays: Arrays,
         mapping: str,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ):
         self._training, self._arrays = training, arrays
         self._batches = arrays.x_train.shape[0] // training.batch
