@@ -8,7 +8,8 @@ results are kept as a fraction and a power of two.
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable
+import operator
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -169,7 +170,7 @@ def measure(
     w = weight.astype(compute_dtype(weight.dtype))
     own = axes.inputs + axes.outputs
     ps = tuple({n[0]: None for n in norms if n in ((1, 1), (2, 2))})
-    found = dict(zip(ps, p_norms(w, ps, own), strict=True))
+    found = dict(zip(ps, p_norms(w, ps, own), strict=True)) if ps else {}
 
     def one(norm: Norm) -> tuple[Scaled, jax.Array]:
         if isinstance(norm, str):
@@ -197,7 +198,7 @@ def p_norms(x: jax.Array, ps: tuple[float, ...], axes: tuple[int, ...]) -> list[
     """The p-norms over some axes, which are kept, for some p of 1 and 2, in one read.
 
     Squares are summed at three scales, of which one neither overflows nor loses digits.
-    Sizes need no scale. XLA makes one kernel of these sums on a GPU.
+    Sizes need no scale.
     """
     if math.prod(x.shape[a] for a in axes) == 1:
         # Any norm of one number is its size. Of its square XLA would multiply the
@@ -205,15 +206,16 @@ def p_norms(x: jax.Array, ps: tuple[float, ...], axes: tuple[int, ...]) -> list[
         return [p_norm(x, 1, axes) for _ in ps]
     maxexp = jnp.finfo(x.dtype).maxexp
     far = 25 * maxexp // 32 - 1  # This is 99 for float32.
-    total = functools.partial(jnp.sum, axis=axes, keepdims=True)
+    # In this order nothing is out of range for numbers that need it, nor for 0.
+    up = x * 2.0 ** (maxexp - 1) * x * 2.0 ** (2 * far - maxexp + 1)
+    terms = {1.0: [jnp.abs(x)], 2.0: [x * x, (x * 2.0**-far) ** 2, up]}
+    total = iter(_sums([term for p in ps for term in terms[p]], axes))
 
     def norm(p: float) -> Scaled:
+        plain = next(total)
         if p == 1:
-            size = total(jnp.abs(x))
-            return Scaled(size, jnp.zeros_like(size, jnp.int32))
-        plain, down = total(x * x), total((x * 2.0**-far) ** 2)
-        # In this order nothing is out of range for numbers that need it, nor for 0.
-        up = total(x * 2.0 ** (maxexp - 1) * x * 2.0 ** (2 * far - maxexp + 1))
+            return Scaled(plain, jnp.zeros_like(plain, jnp.int32))
+        down, up = next(total), next(total)
         small = plain < 2.0 ** (-9 * maxexp // 16)  # Terms below 1e-38 may be lost.
         large = plain > 2.0 ** (maxexp - 2)
         squares = jnp.where(small, up, jnp.where(large, down, plain))
@@ -221,6 +223,25 @@ def p_norms(x: jax.Array, ps: tuple[float, ...], axes: tuple[int, ...]) -> list[
         return Scaled(jnp.sqrt(squares), exponent.astype(jnp.int32))
 
     return [norm(p) for p in ps]
+
+
+def _sums(terms: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """Sums of several arrays over some axes, which are kept.
+
+    XLA makes one kernel of them on a GPU, and of their second stage another one, where
+    they are one reduction. A CPU's loops are faster for each sum by itself.
+    """
+
+    def together(*terms: jax.Array) -> list[jax.Array]:
+        add = lambda some, others: tuple(map(operator.add, some, others))  # noqa: E731
+        zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+        return [jnp.expand_dims(x, axes) for x in lax.reduce(terms, zeros, add, axes)]
+
+    def apart(*terms: jax.Array) -> list[jax.Array]:
+        return [jnp.sum(x, axes, keepdims=True) for x in terms]
+
+    gpus = {"cuda": together, "rocm": together}
+    return lax.platform_dependent(*terms, default=apart, **gpus)
 
 
 @p_norms.defjvp
