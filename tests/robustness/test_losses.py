@@ -52,7 +52,7 @@ def pulled_back(loss, z, *args):
     return value, pull(jnp.ones_like(value))[0]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from(DTYPES),
