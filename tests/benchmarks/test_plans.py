@@ -80,11 +80,11 @@ def rows(target, tree, programs, kernels, moved):
 ROWS = [
     *rows("h100", "stage", STEPS, 1, 28),
     *rows("h100", "stage", SGD, 1, 20),
-    *rows("h100", "resnet50", [WEISSI[0]], 3.1, 33),
+    *rows("h100", "resnet50", [WEISSI[0]], 2.2, 33),
     *rows("h100", "stage", SHIFTED, 3, 40),
     *rows("h100", "8x2048x2048", STEPS, 1, 28),
     *rows("h100", "8x2048x2048", SGD, 1, 20),
-    *rows("h100", "8x2048x2048", WEISSI, 8, 33),
+    *rows("h100", "8x2048x2048", WEISSI, 5, 33),
     *rows("h100", "8x2048x2048", SHIFTED, 8, 40),
     *rows("h100", "8x2048x2048", ["equivalent_norm(22)"], 6, 16),
     *rows("h100", "8x2048x2048", ["vjp(equivalent_norm(22))"], 8, 36),
