@@ -22,7 +22,6 @@ TREES: dict[str, Callable[[], Any]] = {
     "transformer of 100M": lambda: transformer.shapes(Size(12, 768, 10_000, 512)),
     "transformer of 2M": lambda: transformer.shapes(Size(12, 96, 4_000, 512)),
     "1000x64x64": lambda: kernels(1000, 64),
-    "100x64x64": lambda: kernels(100, 64),
     "2x8x8": lambda: kernels(2, 8),
     "16x512x512": lambda: kernels(16, 512),
     "32x2048x2048": lambda: kernels(32, 2048),
