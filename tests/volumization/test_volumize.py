@@ -95,7 +95,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize("alpha", [0.9, 0.3, 0.0, -0.5, -1.0])
+@pytest.mark.parametrize("alpha", [0.9, 0.0, -0.5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_200_steps_equal_numpy(name, alpha, scheduled, dtype):
     """Algorithms 2 to 4 for 200 steps: a noisy quadratic pulled against the walls.
