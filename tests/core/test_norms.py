@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +87,25 @@ def test_scale_changes_nothing_but_the_exponent(power, dtype, seed):
         )
         np.testing.assert_allclose(other, exact, rtol=2e-6)
         np.testing.assert_allclose(grad_a, grad_b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
+def test_sums_of_a_gpu_are_those_of_a_cpu(size, monkeypatch):
+    """Which a CPU can take as well: one reduction, of stacked and of mapped layers."""
+    w = jnp.asarray(size * np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
+    both = lambda w: measure(w, ((1.0, 1.0), (2.0, 2.0)), AXES)  # noqa: E731
+    run = lambda: (both(w), jax.vmap(both)(jnp.stack([w, 2 * w])))  # noqa: E731
+    expected = run()
+    taken = []
+
+    def of_a_gpu(*terms, default, cuda, rocm):
+        assert cuda is rocm
+        taken.append(len(terms))
+        return cuda(*terms)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", of_a_gpu)
+    chex.assert_trees_all_close(run(), expected, rtol=1e-6)
+    assert taken == [4, 4]
 
 
 def test_a_small_unit_beside_a_large_one_has_its_gradient():
