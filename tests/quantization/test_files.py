@@ -458,8 +458,7 @@ def test_memory(tmp_path):
     del tree
     loading, tree = peak_of(lambda: wr.load_packed(path))
     assert tree["w"].size == size
-    most = 2.3 if jax.__version_info__ < (0, 12) else 3.3  # which copies once more
-    assert 0.9 < saving < 2.3 and 1.5 < loading < most
+    assert 0.9 < saving < 2.3 and 1.5 < loading < 2.3
 
 
 def test_numbers_that_jax_would_narrow(tmp_path):

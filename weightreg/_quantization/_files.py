@@ -395,7 +395,7 @@ def _on_device(array: np.ndarray) -> jax.Array:
             f"numbers of dtype {array.dtype}, which JAX stores as such only after "
             'jax.config.update("jax_enable_x64", True).'
         )
-    return jnp.asarray(array)
+    return jax.device_put(array)
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
