@@ -95,7 +95,7 @@ SIZES: dict[str, Sizes] = {
         called=("resnet50, narrow", "transformer of 2M"),
         looped=("transformer of 2M",),  # XLA compiles loops over many leaves slowly
         many=None,
-        trained=(("mlp1024", "float32"), ("resnet_norm", "float32")),
+        trained=(("mlp1024", "float32"), ("cnn", "float32")),
         batch=128,
         image=(32, 32, 3),
         transformer=Size(layers=4, width=128, vocabulary=1_000, length=64),
