@@ -32,6 +32,7 @@ class Dataset:
     x_test: np.ndarray
     y_test: np.ndarray
     classes: int
+    constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def digest(self) -> str:
         """What tells these examples from all others, in the order in which they are."""
@@ -93,6 +94,7 @@ class DatasetInfo:
     batch: int
     tuning_seeds: int
     epsilon: float
+    kind: str = "images"
 
 
 DATASETS: Mapping[str, DatasetInfo] = {

@@ -120,12 +120,24 @@ def logits(model: nn.Module, variables: Variables, x: jax.Array) -> jax.Array:
 
 
 def training_logits(
-    model: nn.Module, variables: Variables, x: jax.Array
+    model: nn.Module, variables: Variables, x: jax.Array, key: jax.Array | None = None
 ) -> tuple[jax.Array, Variables]:
-    """The outputs by the batch's own statistics, and the statistics after it."""
-    if "batch_stats" not in variables:
+    """The outputs by the batch's own statistics, and the statistics after it.
+
+    Args:
+      model: The network.
+      variables: Its variables.
+      x: Inputs.
+      key: Of what it drops out, if it does.
+    """
+    if not getattr(model, "trains", "batch_stats" in variables):
         return logits(model, variables, x), {}
-    out, after = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    rngs = None if key is None else {"dropout": key}
+    kept = {
+        name: ["batch_stats"] for name in ("mutable",) if "batch_stats" in variables
+    }
+    out = model.apply(variables, x, train=True, rngs=rngs, **kept)
+    out, after = out if kept else (out, {})
     return _widened(out), after
 
 
