@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from benchmarks.attention import LSTMAttention
 from benchmarks.networks import (
     CNN,
     MLP,
@@ -206,6 +207,11 @@ MODELS: Mapping[str, Model] = {
     "efficientnet_lite0": Model(
         make=lambda classes: EfficientNetLite0(classes),
         output="Dense_0/kernel",
+    ),
+    "lstm_attention": Model(
+        make=lambda classes: LSTMAttention(classes),
+        output="logits/kernel",
+        together=True,
     ),
 }
 
