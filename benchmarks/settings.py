@@ -25,9 +25,9 @@ DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon")
 # Where the learning rate is divided by ten, in shares of all steps.
 DROPS = {
     "constant": (),
-    "half": (1 / 2,),
-    "thirds": (1 / 3, 2 / 3),
     "steps": (0.3, 0.6, 0.9),
+    "thirds": (1 / 3, 2 / 3),
+    "half": (1 / 2,),
 }
 
 # What layers compute in; whatever is kept from step to step is float32.
@@ -183,9 +183,9 @@ class Settings:
                 )
             if method.fixed and self.optimizer not in method.fixed_for:
                 raise ValueError(
-                    f"methods has {name}, whose settings are for other optimizers: "
-                    f"optimizer must be among {', '.join(method.fixed_for)}, not "
-                    f"{self.optimizer}."
+                    f"methods has {name}, whose settings are for "
+                    f"{' and '.join(method.fixed_for)}: optimizer must be among these, "
+                    f"not {self.optimizer}."
                 )
 
     @property
