@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from benchmarks.attention import LSTMAttention
 from benchmarks.networks import CNN, MLP, NormMLP, NormResNet, ResNet, UnstridedCNN
 
 # Parameters, and the statistics of batches in networks that have them.
@@ -94,6 +95,11 @@ MODELS: Mapping[str, Model] = {
         make=lambda classes: NormResNet(classes, (3, 4, 6, 3), 64, 1, True),
         output="Dense_0/kernel",
         normalized=True,
+    ),
+    "lstm_attention": Model(
+        make=lambda classes: LSTMAttention(classes),
+        output="logits/kernel",
+        dense=True,
     ),
 }
 

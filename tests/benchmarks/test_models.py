@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import jit as quick
-from shapes import count, flat, shapes_of
+from shapes import count, flat, shapes_for, shapes_of
 
 import weightreg as wr
 from benchmarks import models, networks
@@ -47,7 +47,7 @@ def test_layers_before_a_relu_start_as_he_says(name):
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_weights_are_the_kernels(name):
-    params = shapes_of(models.make(name, 10), 2, 12, 12, 3)
+    params = shapes_for(name, 10)
     mask = flat(wr.weight_mask(params))
     assert mask == {path: path.endswith("/kernel") for path in mask}
     most = max(leaf.ndim for leaf in jax.tree.leaves(params))
@@ -134,7 +134,7 @@ def test_statistics_are_of_networks_that_have_them():
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_the_output_layer_is_there_and_gives_the_classes(name):
-    leaves = flat(shapes_of(models.make(name, 7), 2, 12, 12, 3))
+    leaves = flat(shapes_for(name, 7))
     kernels = {path: leaf for path, leaf in leaves.items() if path.endswith("/kernel")}
     of_classes = [path for path, leaf in kernels.items() if leaf.shape[-1] == 7]
     assert of_classes == [models.MODELS[name].output]
@@ -143,7 +143,7 @@ def test_the_output_layer_is_there_and_gives_the_classes(name):
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_normalization_follows_every_layer_or_the_entry_says_no(name):
     """Then there is one scale, and no bias, for every kernel."""
-    paths = list(flat(shapes_of(models.make(name, 10), 2, 12, 12, 3)))
+    paths = list(flat(shapes_for(name, 10)))
     kernels = [path for path in paths if path.endswith("/kernel")]
     scales = [path for path in paths if re.search(r"BatchNorm_\d+/scale$", path)]
     shifts = [path for path in paths if re.search(r"BatchNorm_\d+/bias$", path)]
