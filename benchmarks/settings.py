@@ -24,7 +24,12 @@ from benchmarks.train import MAPPINGS, Training
 DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon")
 
 # Where the learning rate is divided by ten, in shares of all steps.
-DROPS = {"constant": (), "steps": (0.3, 0.6, 0.9), "thirds": (1 / 3, 2 / 3)}
+DROPS = {
+    "constant": (),
+    "steps": (0.3, 0.6, 0.9),
+    "thirds": (1 / 3, 2 / 3),
+    "half": (1 / 2,),
+}
 
 # What layers compute in; whatever is kept from step to step is float32.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -42,8 +47,9 @@ COUNTS = {
     "restarts": 2,
     "sensitivity": 0,
     "source_epochs": 1,
+    "resize": 1,
 }
-UNLESS_NONE = ("examples", "source_epochs")  # counts that need not be given
+UNLESS_NONE = ("examples", "source_epochs", "resize")  # counts that need not be given
 RADII = ("epsilon", "adversarial")  # of balls around inputs
 CHOICES = {
     "model": models.MODELS,
@@ -61,6 +67,7 @@ UNSAID = (
     ("dtype", "float32"),
     ("loss", "cross_entropy"),
     ("whole", False),
+    ("pretrained", False),
 )
 # Where things are and run, which is no part of what is compared.
 PLACES = {"mapping", "data_dir", "labels_file"}
@@ -112,6 +119,8 @@ class Settings:
     attack_steps: int = 20
     restarts: int = 3
     source_epochs: int | None = None
+    resize: int | None = None
+    pretrained: bool = False
     mapping: str = "devices"
     data_dir: str | None = None
 
@@ -231,10 +240,11 @@ class Settings:
                     f"layer: model must be among {', '.join(normalized)}, not "
                     f"{self.model}."
                 )
-            if method.fixed and self.optimizer != method.fixed_for:
+            if method.fixed and self.optimizer not in method.fixed_for:
                 raise ValueError(
-                    f"methods has {name}, whose settings are for {method.fixed_for}: "
-                    f"optimizer must be {method.fixed_for}, not {self.optimizer}."
+                    f"methods has {name}, whose settings are for "
+                    f"{' and '.join(method.fixed_for)}: optimizer must be among these, "
+                    f"not {self.optimizer}."
                 )
 
     @property
