@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.data import DATASETS
 from benchmarks.record import write
+from benchmarks.settling import courses
 from benchmarks.theory import volumized_error
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -25,9 +26,14 @@ def draw(result: dict, out: pathlib.Path) -> list[pathlib.Path]:
     """Draws what is finished of a comparison, beside the JSON file ``out``."""
     if not result["results"]:
         return []
-    plots = [accuracy, energy, gradients, strength, weights]
+    entries = result["results"].values()
+    plots = [accuracy, energy, weights]
+    plots += [gradients] * any("gradients" in e for e in entries)
+    plots += [strength] * any("strength" in e for e in entries)
     plots += [sensitivity] * bool(result["settings"].get("sensitivity"))
-    plots += [levels] * any("level_distance" in e for e in result["results"].values())
+    plots += [levels] * any("level_distance" in e for e in entries)
+    plots += [settling] * bool(courses(result))
+    plots += [grid, grid_curves] * (len(_grid(result)) > 1)
     return [plot(result, out) for plot in plots]
 
 
@@ -94,7 +100,8 @@ def gradients(result: dict, out: pathlib.Path) -> pathlib.Path:
     """How the norms of input gradients are distributed (WEISSI, Figure 3)."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for colour, entry in _methods(result):
-        histogram = entry["gradients"]
+        if (histogram := entry.get("gradients")) is None:
+            continue
         edges = 10 ** np.array(histogram["log10_edges"])
         share = np.array(histogram["counts"]) / np.diff(histogram["log10_edges"])
         share /= max(sum(histogram["counts"]), 1)
@@ -111,25 +118,135 @@ def gradients(result: dict, out: pathlib.Path) -> pathlib.Path:
 
 
 def strength(result: dict, out: pathlib.Path) -> pathlib.Path:
-    """Accuracy over the strength of attacks, of the first seed (WEISSI, Figure 4)."""
+    """Accuracy over the strength of attacks (WEISSI, Figure 4; volumization, 8 and 9).
+
+    Lines are of the first seed. Where all seeds were attacked within further radii,
+    points are means over seeds, with one standard deviation.
+    """
     shown = {"fgsm": "FGSM", "pgd": "PGD", "worst": "all attacks, the worst for each"}
     figure, grid = plt.subplots(
         1, len(shown), figsize=(11, 3.8), sharey=True, layout="constrained"
     )
     for axes, (attack, name) in zip(grid, shown.items(), strict=True):
         for colour, entry in _methods(result):
-            curve = entry["strength"]
+            if (curve := entry.get("strength")) is None:
+                continue
             x = [0.0, *curve["epsilon"]]
-            y = [curve["clean"][0], *curve[attack]]
-            axes.plot(
-                x, 100 * np.array(y), "o-", ms=3, color=colour, label=entry["label"]
-            )
+            y = 100 * np.array([curve["clean"][0], *curve[attack]], float)
+            axes.plot(x, y, ".-", ms=4, color=colour, label=entry["label"])
+            if radii := _radii(result, entry, attack):
+                axes.errorbar(*radii, fmt="o", ms=4, capsize=2, color=colour)
         axes.set(xlabel="radius of the attack (L-infinity)", title=name)
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("test accuracy (%)")
-    grid[-1].legend()
+    _legend(figure, grid[-1], result)
     figure.suptitle(title(result))
     return _save(figure, out, "strength")
+
+
+def _radii(result: dict, entry: dict, attack: str) -> list[np.ndarray]:
+    """Radii, means over seeds and their deviations in percent, if there are several."""
+    settings, metrics = result["settings"], entry["metrics"]
+    names = {settings["epsilon"]: attack}
+    names |= {e: f"{attack} {e:g}" for e in settings.get("epsilons") or ()}
+    known = [
+        (radius, 100 * metrics[name]["mean"], 100 * metrics[name]["std"])
+        for radius, name in sorted(names.items())
+        if name in metrics
+    ]
+    return [*np.array(known).T] if len(known) > 1 else []
+
+
+def settling(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """Test accuracy of the best trial so far, over the number of trials."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    known = courses(result)
+    for colour, (name, course) in zip(
+        itertools.cycle(COLOURS), known.items(), strict=False
+    ):
+        x, label = np.arange(1, len(course) + 1), result["results"][name]["label"]
+        axes.step(x, 100 * np.array(course), where="post", color=colour, label=label)
+    axes.set(
+        xlabel="trials",
+        ylabel="test accuracy (%) of the best trial so far",
+        title=title(result),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, out, "settling")
+
+
+def grid(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """Accuracy over the volume, a line for each alpha (volumization, Figure 5).
+
+    Means over seeds and one standard deviation, of the best and of the last epochs.
+    """
+    figure, panels = plt.subplots(
+        1, 2, figsize=(11, 4.2), sharey=True, layout="constrained"
+    )
+    for axes, metric in zip(panels, ("best", "last"), strict=True):
+        colours = itertools.cycle(COLOURS)
+        for (alpha, line), colour in zip(_grid(result).items(), colours, strict=False):
+            m = [entry["metrics"][metric] for entry in line.values()]
+            mean, std = (100 * np.array([x[k] for x in m]) for k in ("mean", "std"))
+            label = f"alpha {alpha:g}"
+            axes.errorbar([*line], mean, std, fmt=".-", color=colour, label=label)
+        axes.set(
+            xlabel="v", xscale="log", title=f"{metric} epoch{'s' * (metric == 'last')}"
+        )
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.suptitle(title(result))
+    return _save(figure, out, "grid")
+
+
+def grid_curves(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """Accuracy over epochs, a panel for each alpha (volumization, Figures 6 and 7)."""
+    lines = _grid(result)
+    figure, panels = plt.subplots(
+        1,
+        len(lines),
+        figsize=(1 + 2.6 * len(lines), 3.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    volumes = dict.fromkeys(v for line in lines.values() for v in line)
+    colours = dict(zip(sorted(volumes), itertools.cycle(COLOURS), strict=False))
+    handles = {}
+    for axes, (alpha, line) in zip(panels[0], lines.items(), strict=True):
+        for v, entry in line.items():
+            mean = 100 * np.array(entry["test_accuracy"], float).mean(0)
+            epochs = np.arange(1, len(mean) + 1)
+            (handles[v],) = axes.plot(epochs, mean, color=colours[v])
+        axes.set(xlabel="epoch", title=f"alpha {alpha:g}")
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("test accuracy (%)")
+    names = [f"v {v:g}" for v in sorted(handles)]
+    figure.legend(
+        [*map(handles.get, sorted(handles))], names, loc="outside right upper"
+    )
+    figure.suptitle(title(result))
+    return _save(figure, out, "grid_curves")
+
+
+def _grid(result: dict) -> dict[float, dict[float, dict]]:
+    """Methods at given volumes: by alpha, and then by ``v``, both in order.
+
+    The same place with another learning rate is no part of the grid.
+    """
+    places: dict[tuple[float, float], dict] = {}
+    for entry in result["results"].values():
+        tuning, known = entry["tuning"], entry["tuning"]["chosen"]
+        if not tuning["trials"] and known.keys() >= {"v", "one_minus_alpha"}:
+            place = round(1 - known["one_minus_alpha"], 6), known["v"]
+            places.setdefault(place, entry)
+    found: dict[float, dict[float, dict]] = {}
+    for (alpha, v), entry in sorted(places.items(), key=lambda item: item[0]):
+        found.setdefault(alpha, {})[v] = entry
+    return found
 
 
 def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -269,12 +386,16 @@ def title(result: dict) -> str:
     words = [dataset(result)]
     if s["noise"] or not result.get("experiment"):
         words.append(f"{s['noise']:.0%} of training labels wrong")
+    if s.get("labels"):
+        words.append(f"labels {s['labels']}")
     known = DATASETS.get(s["dataset"])
     if known is None or s["model"] != known.model:
         words.append(s["model"])
     if (dtype := s.get("dtype", "float32")) != "float32":
         words.append(dtype)
     words += s.get("augment") or []
+    if (loss := s.get("loss", "cross_entropy")) != "cross_entropy":
+        words.append(f"loss {loss}")
     if s["adversarial"]:
         words.append(f"adversarial training within {s['adversarial']:.2g}")
     words.append(f"{s['seeds']} seed{'s' if s['seeds'] > 1 else ''}")

@@ -72,6 +72,7 @@ COMPARISON = {
         "dataset": "text",
         "noise": "a number",
         "model": "text",
+        "methods": "a list",
         "seeds": "a whole number",
         "adversarial": "a number",
         "epsilon": "a number",
