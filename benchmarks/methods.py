@@ -40,10 +40,12 @@ class Base:
 
 BASES: dict[str, Base] = {
     "adam": Base(optax.scale_by_adam, (5e-4, 5e-3), 1e-3),
+    "laprop": Base(wr.scale_by_laprop, (5e-4, 5e-3), 1e-3),
     "momentum": Base(lambda: optax.trace(0.9), (1e-2, 2e-1), 5e-2),
 }
 
 QUANTIZE_EPOCHS = 2  # how many lie between, as in the paper
+ADAM, MOMENTUM = ("adam", "laprop"), ("momentum",)  # what settings may be for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,10 @@ class Method:
         multiplied by, by which the range of ``energy`` is divided: a product of norms
         has a size that no fixed range can foresee.
       fixed: All hyperparameters, for a method that is not tuned.
-      fixed_for: The base that these are for.
+      fixed_for: The bases that these are for.
+      like: The name of another method that is this one but for its hyperparameters, if
+        there is one: a single program trains runs of both.
+      loss: The loss that it trains by in place of the comparison's, if it is one.
       volume: From hyperparameters to a volume rule, if weights have walls.
       norm: From hyperparameters to a map, see ``weightreg.equivalent_norm``, if the
         network does not run on the weights that are trained.
@@ -72,7 +77,9 @@ class Method:
     space: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     log_size: Callable[[Any], jax.Array] | None = None
     fixed: Hyperparameters | None = None
-    fixed_for: str = "momentum"
+    fixed_for: tuple[str, ...] = MOMENTUM
+    like: str | None = None
+    loss: str | None = None
     volume: Callable[[Hyperparameters], Callable] | None = None
     norm: Callable[[Hyperparameters], Any] | None = None
     normed: bool = True
@@ -141,9 +148,32 @@ class Method:
 
 
 _VOLUMES = {"v": (0.02, 2.0), "one_minus_alpha": (1e-4, 1.0)}
+_WEISSI = {"energy": (1e-2, 1e2), "complexity": (1e-6, 1e-2)}
 # Li, Chen and Yang, section 5.1; the numbers of shifted L2 are those of its authors.
 _RECIPE = {"learning_rate": 0.1, "strength": 1e-4}
 _SHIFTED = {**_RECIPE, "epsilon": 1e-3}
+
+# Methods that are tuned and of which papers also print settings.
+_L2 = Method("weight decay (L2)", optimizers.l2, {"strength": (1e-5, 1e-1)})
+_LQ = Method("Lq loss", optimizers.plain, loss="lq")
+_PARSEVAL = Method("Parseval", optimizers.parseval, {"beta": (1e-5, 1e-1)})
+_VOLUMIZATION = Method(
+    "volumization", optimizers.boxed(optimizers.he), _VOLUMES, volume=optimizers.he
+)
+_SAME_BOX = optimizers.boxed(optimizers.same)
+_ENERGY = Method(
+    "WEISSI",
+    optimizers.weissi(),
+    _WEISSI,
+    # The logarithm leaves out layers that begin at 0, as the product could not.
+    log_size=wr.weissi(1.0, 0.0, log=True),
+)
+_ENERGY_CNN = Method(  # the paper's for deep convolutional networks
+    "WEISSI (CNN)",
+    optimizers.weissi(exponents=wr.cnn_exponents),
+    _WEISSI,
+    log_size=wr.weissi(1.0, 0.0, log=True, exponents=wr.cnn_exponents),
+)
 
 
 def _quantized(levels: str) -> Method:
@@ -161,9 +191,9 @@ def _quantized_paper(levels: str) -> Method:
     """Ziyin et al., section 5.4."""
     return Method(
         f"{levels}, as in the paper",
-        optimizers.boxed(optimizers.same),
+        _SAME_BOX,
         fixed={"learning_rate": 2e-4, "V": 0.1, "one_minus_alpha": 0.05},
-        fixed_for="adam",
+        fixed_for=ADAM,
         volume=optimizers.same,
         levels=levels,
     )
@@ -183,14 +213,75 @@ def _straight_through(levels: str) -> Method:
     )
 
 
-def _box(volume: float, alpha: float) -> Method:
+def _box(volume: float, alpha: float, like: str | None = "box_1.2_0.99") -> Method:
     """Ziyin et al., Figure 10."""
     return Method(
         f"V {volume:g}, alpha {alpha:g}",
-        optimizers.boxed(optimizers.same),
+        _SAME_BOX,
         fixed={"learning_rate": 1e-3, "V": volume, "one_minus_alpha": 1 - alpha},
-        fixed_for="adam",
+        fixed_for=ADAM,
+        like=like,
         volume=optimizers.same,
+    )
+
+
+def _vol(v: float, alpha: float, rate: float = 1e-4) -> Method:
+    """Vol(v, alpha) of Ziyin et al., section 5.2 and appendix B."""
+    hyper = {"learning_rate": rate, "v": v, "one_minus_alpha": 1 - alpha}
+    label = f"volumization ({v:g}, {alpha:g})" + f", rate {rate:g}" * (rate != 1e-4)
+    return _at(_VOLUMIZATION, "volumization", label, ADAM, hyper)
+
+
+def _l2(strength: float) -> Method:
+    """A weight decay of Li, Chen and Yang."""
+    hyper = {**_RECIPE, "strength": strength}
+    return _at(_L2, "l2", f"L2 {strength:g}", MOMENTUM, hyper)
+
+
+def _l2_adam(strength: float) -> Method:
+    """A weight decay of Ziyin et al., in the gradient as PyTorch's Adam has it.
+
+    That decays biases and normalizations too, which nothing here does.
+    """
+    hyper = {"learning_rate": 1e-4, "strength": strength}
+    label = f"L2 {strength:g}, as in the paper"
+    return _at(_L2, "l2", label if strength else "no regularization", ADAM, hyper)
+
+
+def _l2_liu(network: str, rate: float) -> Method:
+    """The weight decay of Liu et al., appendix B.1.
+
+    Theirs is the sum of squares, whose gradient is twice the weight.
+    """
+    label = f"weight decay, as in the paper{network}"
+    hyper = {"learning_rate": rate, "strength": 2e-4}
+    return _at(_L2, "l2", label, MOMENTUM, hyper)
+
+
+def _parseval(network: str, rate: float) -> Method:
+    """Parseval OC of Liu et al., appendix B.1."""
+    label = f"Parseval, as in the paper{network}"
+    hyper = {"learning_rate": rate, "beta": 1e-4}
+    return _at(_PARSEVAL, "parseval", label, MOMENTUM, hyper)
+
+
+def _weissi(network: str, rate: float, energy: float, complexity: float) -> Method:
+    """Liu et al., Table 5; of the energy, the form for convolutional networks."""
+    hyper = {"learning_rate": rate, "energy": energy, "complexity": complexity}
+    label = f"WEISSI, as in the paper{network}"
+    return _at(_ENERGY_CNN, "weissi_cnn", label, MOMENTUM, hyper)
+
+
+def _at(
+    method: Method,
+    like: str,
+    label: str,
+    bases: tuple[str, ...],
+    hyper: Hyperparameters,
+) -> Method:
+    """A method at hyperparameters that are not tuned."""
+    return dataclasses.replace(
+        method, label=label, fixed=hyper, fixed_for=bases, like=like
     )
 
 
@@ -201,12 +292,6 @@ def _enc(label: str, scope: str = "unit", center: bool = True, **norm: Any) -> M
     return Method(label, optimizer, fixed=_SHIFTED, norm=lambda h: mapped)
 
 
-def _l2(strength: float) -> Method:
-    """A weight decay that is not tuned."""
-    fixed = {"learning_rate": 0.1, "strength": strength}
-    return Method(f"L2 {strength:g}", optimizers.l2, fixed=fixed)
-
-
 METHODS: Mapping[str, Method] = {
     "none": Method("none", optimizers.plain),
     "weight_decay": Method(
@@ -214,58 +299,61 @@ METHODS: Mapping[str, Method] = {
         optimizers.decoupled_decay,
         {"strength": (1e-2, 1e2)},
     ),
-    "l2": Method("weight decay (L2)", optimizers.l2, {"strength": (1e-5, 1e-1)}),
-    "volumization": Method(
-        "volumization",
-        optimizers.boxed(optimizers.he),
-        _VOLUMES,
-        volume=optimizers.he,
-    ),
-    "weissi": Method(
-        "WEISSI",
-        optimizers.weissi(),
-        {"energy": (1e-2, 1e2), "complexity": (1e-6, 1e-2)},
-        # The logarithm leaves out layers that begin at 0, as the product could not.
-        log_size=wr.weissi(1.0, 0.0, log=True),
-    ),
-    "weissi_cnn": Method(  # the paper's for deep convolutional networks
-        "WEISSI (CNN)",
-        optimizers.weissi(exponents=wr.cnn_exponents),
-        {"energy": (1e-2, 1e2), "complexity": (1e-6, 1e-2)},
-        log_size=wr.weissi(1.0, 0.0, log=True, exponents=wr.cnn_exponents),
-    ),
+    "l2": _L2,
+    "volumization": _VOLUMIZATION,
+    "weissi": _ENERGY,
+    "weissi_cnn": _ENERGY_CNN,
     "weissi_log": Method(
         "WEISSI (logarithm)",
         optimizers.weissi(log=True),
         {"energy": (1e-5, 1e-1), "complexity": (1e-6, 1e-2)},
     ),
-    "parseval": Method("Parseval", optimizers.parseval, {"beta": (1e-5, 1e-1)}),
-    # Liu et al., appendix B.1 and Table 5. Their weight decay is the sum of squares,
-    # whose gradient is twice the weight.
-    "l2_paper": Method(
-        "weight decay, as in the paper",
-        optimizers.l2,
-        fixed={"learning_rate": 0.1, "strength": 2e-4},
-    ),
-    "weissi_paper": Method(
-        "WEISSI, as in the paper",
-        optimizers.weissi(),
-        fixed={"learning_rate": 0.1, "energy": 1e-6, "complexity": 1e-5},
-    ),
+    "parseval": _PARSEVAL,
+    "lq": _LQ,
     "binary": _quantized("binary"),
     "binary_ste": _straight_through("binary"),
     "binary_paper": _quantized_paper("binary"),
     "ternary": _quantized("ternary"),
     "ternary_ste": _straight_through("ternary"),
     "ternary_paper": _quantized_paper("ternary"),
-    "volumization_paper": Method(  # Ziyin et al., Table 3
-        "volumization (0.25, 0.5)",
-        optimizers.boxed(optimizers.he),
-        fixed={"learning_rate": 2e-4, "v": 0.25, "one_minus_alpha": 0.5},
-        fixed_for="adam",
-        volume=optimizers.he,
+    # Ziyin et al., section 5.2: Adam with a learning rate of 1e-4.
+    "none_adam": _l2_adam(0.0),
+    "l2_5e-5_adam": _l2_adam(5e-5),
+    "l2_5e-4_adam": _l2_adam(5e-4),
+    "l2_5e-3_adam": _l2_adam(5e-3),
+    "lq_adam": _at(
+        _LQ, "lq", "Lq loss, as in the paper", ADAM, {"learning_rate": 1e-4}
     ),
-    "box_1.2_0.99": _box(1.2, 0.99),
+    "volumization_paper": _vol(0.25, 0.5, rate=2e-4),  # the rate of quantized networks
+    "vol_0.25_-1": _vol(0.25, -1),
+    "vol_0.25_-0.5": _vol(0.25, -0.5),
+    "vol_0.25_0": _vol(0.25, 0),
+    "vol_0.25_0.5": _vol(0.25, 0.5),
+    "vol_0.25_0.99": _vol(0.25, 0.99),
+    "vol_0.25_0.9999": _vol(0.25, 0.9999),
+    "vol_0.25_1": _vol(0.25, 1),
+    "vol_0.5_-1": _vol(0.5, -1),
+    "vol_0.5_-0.5": _vol(0.5, -0.5),
+    "vol_0.5_0": _vol(0.5, 0),
+    "vol_0.5_0.5": _vol(0.5, 0.5),
+    "vol_0.5_0.99": _vol(0.5, 0.99),
+    "vol_0.5_0.9999": _vol(0.5, 0.9999),
+    "vol_0.5_1": _vol(0.5, 1),
+    "vol_1_-1": _vol(1, -1),
+    "vol_1_-0.5": _vol(1, -0.5),
+    "vol_1_0": _vol(1, 0),
+    "vol_1_0.5": _vol(1, 0.5),
+    "vol_1_0.99": _vol(1, 0.99),
+    "vol_1_0.9999": _vol(1, 0.9999),
+    "vol_1_1": _vol(1, 1),
+    "vol_2_-1": _vol(2, -1),
+    "vol_2_-0.5": _vol(2, -0.5),
+    "vol_2_0": _vol(2, 0),
+    "vol_2_0.5": _vol(2, 0.5),
+    "vol_2_0.99": _vol(2, 0.99),
+    "vol_2_0.9999": _vol(2, 0.9999),
+    "vol_2_1": _vol(2, 1),
+    "box_1.2_0.99": _box(1.2, 0.99, like=None),
     "box_0.9_0.99": _box(0.9, 0.99),
     "box_0.6_0.99": _box(0.6, 0.99),
     "box_0.3_0.99": _box(0.3, 0.99),
@@ -273,6 +361,28 @@ METHODS: Mapping[str, Method] = {
     "box_0.9_0.9999": _box(0.9, 0.9999),
     "box_0.6_0.9999": _box(0.6, 0.9999),
     "box_0.3_0.9999": _box(0.3, 0.9999),
+    # Liu et al., appendix B.1 and Table 5, which differs with adversarial training.
+    "l2_paper": _l2_liu("", 0.1),
+    "weissi_paper": _at(
+        _ENERGY,
+        "weissi",
+        "WEISSI, as in the paper",
+        MOMENTUM,
+        {"learning_rate": 0.1, "energy": 1e-6, "complexity": 1e-5},
+    ),
+    "l2_vgg": _l2_liu(" (VGG)", 0.01),
+    "parseval_vgg": _parseval(" (VGG)", 0.01),
+    "weissi_vgg": _weissi(" (VGG)", 0.01, 1e-31, 3e-5),
+    "weissi_vgg_adversarial": _weissi(" (VGG, adversarial)", 0.01, 1e-30, 3e-5),
+    "l2_wrn": _l2_liu(" (WRN)", 0.03),
+    "parseval_wrn": _parseval(" (WRN)", 0.03),
+    "weissi_wrn": _weissi(" (WRN)", 0.03, 1e-24, 1e-5),
+    "weissi_wrn_convex": _weissi(" (WRN CA)", 0.03, 1e-30, 1e-5),
+    "weissi_wrn_convex_adversarial": _weissi(
+        " (WRN CA, adversarial)", 0.03, 1e-25, 1e-5
+    ),
+    "weissi_wrn_energy": _weissi(" (WRN CA), energy alone", 0.03, 1e-30, 0.0),
+    "weissi_wrn_complexity": _weissi(" (WRN CA), complexity alone", 0.03, 0.0, 1e-5),
     "enc": Method(
         "ENC",
         optimizers.shifted_l2(),
@@ -287,6 +397,8 @@ METHODS: Mapping[str, Method] = {
     "enc_alpha2": _enc("ENC, alpha 2", alpha=2.0),
     "enc_learnt": _enc("ENC, alpha learnt", learn=True),
     "l2_0": _l2(0.0),
+    "l2_1e-08": _l2(1e-8),
+    "l2_1e-06": _l2(1e-6),
     "l2_0.0001": _l2(1e-4),
     "l2_0.001": _l2(1e-3),
     "l2_0.01": _l2(1e-2),

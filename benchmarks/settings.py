@@ -23,7 +23,12 @@ from benchmarks.train import MAPPINGS, Training
 DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon")
 
 # Where the learning rate is divided by ten, in shares of all steps.
-DROPS = {"constant": (), "steps": (0.3, 0.6, 0.9)}
+DROPS = {
+    "constant": (),
+    "steps": (0.3, 0.6, 0.9),
+    "thirds": (1 / 3, 2 / 3),
+    "half": (1 / 2,),
+}
 
 # What layers compute in; whatever is kept from step to step is float32.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -36,7 +41,7 @@ COUNTS = {
     "examples": 1,
     "trials": 1,
     "tuning_seeds": 1,
-    "attacked": 1,
+    "attacked": 0,
     "attack_steps": 1,
     "restarts": 2,
     "sensitivity": 0,
@@ -47,12 +52,20 @@ CHOICES = {
     "optimizer": BASES,
     "schedule": DROPS,
     "dtype": DTYPES,
+    "loss": ("cross_entropy", "lq", "mmc"),
     "tune_for": ("accuracy", "fgsm"),
     "mapping": MAPPINGS,
 }
 # Commands do not say these, which are newer than many of them.
-UNSAID = (("schedule", "constant"), ("sensitivity", 0), ("dtype", "float32"))
-LISTS = ("augment", "methods", "deploy")  # settings that are several
+UNSAID = (
+    ("schedule", "constant"),
+    ("sensitivity", 0),
+    ("dtype", "float32"),
+    ("loss", "cross_entropy"),
+    ("whole", False),
+    ("pretrained", False),
+)
+LISTS = ("augment", "methods", "deploy", "epsilons")  # settings that are several
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +94,13 @@ class Settings:
     attacked: int = 1000
     attack_steps: int = 20
     restarts: int = 3
+    loss: str = "cross_entropy"
+    labels: str | None = None
+    epsilons: tuple[float, ...] = ()
+    source_epochs: int | None = None
+    whole: bool = False
+    resize: int | None = None
+    pretrained: bool = False
     mapping: str = "devices"
     data_dir: str | None = None
 
@@ -161,10 +181,11 @@ class Settings:
                     f"layer: model must be among {', '.join(normalized)}, not "
                     f"{self.model}."
                 )
-            if method.fixed and self.optimizer != method.fixed_for:
+            if method.fixed and self.optimizer not in method.fixed_for:
                 raise ValueError(
-                    f"methods has {name}, whose settings are for {method.fixed_for}: "
-                    f"optimizer must be {method.fixed_for}, not {self.optimizer}."
+                    f"methods has {name}, whose settings are for "
+                    f"{' and '.join(method.fixed_for)}: optimizer must be among these, "
+                    f"not {self.optimizer}."
                 )
 
     @property
@@ -264,7 +285,7 @@ class Settings:
             words.append(f"--{field.name.replace('_', '-')} {value}")
         for name in LISTS:
             if value := getattr(self, name):
-                words.append(f"--{name} {','.join(value)}")
+                words.append(f"--{name} {','.join(map(str, value))}")
         return " ".join(words + (["--data-dir DATA"] if self.data_dir else []))
 
 

@@ -1,5 +1,7 @@
 """Methods: what they do, and how they are searched."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,17 @@ NETWORK = {
 }
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", [name for name in METHODS if "box" not in name])
+# Without those that are another method at hyperparameters of their own.
+OWN = [name for name, method in METHODS.items() if not method.like]
+
+
+ON_TWO = [(name, base) for name in OWN for base in ("adam", "momentum")]
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [*(pair for pair in ON_TWO if "box" not in pair[0]), ("volumization", "laprop")],
+)
 def test_every_hyperparameter_acts_and_only_weights_are_regularized(name, base):
     space = METHODS[name].whole_space(base, NETWORK)
     if fixed := METHODS[name].fixed:
@@ -44,7 +55,46 @@ def test_every_hyperparameter_acts_and_only_weights_are_regularized(name, base):
         assert unchanged == (parameter != "learning_rate")
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_what_is_like_another_method_is_that_method_at_its_hyperparameters():
+    like = [
+        (method, METHODS[method.like]) for method in METHODS.values() if method.like
+    ]
+    assert like
+    for method, other in like:
+        assert not other.like and method.fixed is not None
+        names = other.fixed or other.whole_space("adam", NETWORK)
+        assert set(method.fixed) == set(names)
+        shown = {"label", "fixed", "fixed_for", "like"}
+        for field in {f.name for f in dataclasses.fields(method)} - shown:
+            one, same = getattr(method, field), getattr(other, field)
+            assert one is same or one == same
+        assert set(method.fixed_for) <= set(BASES)
+
+
+def test_methods_are_told_apart():
+    labels = [method.label for method in METHODS.values()]
+    assert len(set(labels)) == len(labels)
+
+
+def test_weissi_may_lack_one_of_its_terms():
+    """As in the ablation, where the other term's gradient alone is left."""
+
+    def moved(name, **changed):
+        fixed = {**METHODS[name].fixed, **changed}
+        tx = METHODS[name].build(fixed, "momentum", "Dense_1/kernel")
+        params = jax.tree.map(lambda p: p.astype("float32"), NETWORK)
+        still = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = jax.jit(tx.update)(still, tx.init(params), params)
+        return updates["Dense_0"]["kernel"]
+
+    energy = moved("weissi_wrn_energy", energy=1e-4)
+    complexity = moved("weissi_wrn_complexity")
+    both = moved("weissi_wrn_convex", energy=1e-4)
+    assert np.abs(energy).max() > 0 and np.abs(complexity).max() > 0
+    np.testing.assert_allclose(energy + complexity, both, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_trials_fill_the_space_of_every_method_alike(name):
     space = METHODS[name].whole_space("adam", NETWORK)
     tried = trials(space, 64)

@@ -12,7 +12,7 @@ REGISTRIES = {
     "DATASETS": "data.py",
     "MODELS": "models.py",
     "METHODS": "methods.py",
-    "EXPERIMENTS": "experiments.py",
+    "EXPERIMENTS": "__init__.py",
     "ACCELERATORS": "devices.py",
     "TARGETS": "targets.py",
     "TREES": "trees.py",
