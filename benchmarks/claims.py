@@ -1,10 +1,12 @@
 """Whether one method beats another, as is claimed, and whether seeds can tell."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t
+
+from benchmarks.experiments import Claim
 
 CONFIDENCE = 0.95
 # From this many seeds on, runs of the same seed are compared with each other. They
@@ -16,17 +18,6 @@ PAIRED = 5
 
 HELD, OPEN, FAILED = "held", "could not be told", "failed"
 NOT_RUN = "not run"
-
-
-class Claimed(Protocol):
-    """What is said: that ``better`` beats ``worse``, by name, where more is better."""
-
-    @property
-    def better(self) -> str: ...  # noqa: D102
-    @property
-    def worse(self) -> str: ...  # noqa: D102
-    @property
-    def metric(self) -> str: ...  # noqa: D102
 
 
 class Difference(NamedTuple):
@@ -52,7 +43,7 @@ class Difference(NamedTuple):
         return HELD if self.mean > 0 else FAILED
 
 
-def judge(result: Mapping[str, Any] | None, claim: Claimed) -> Difference | None:
+def judge(result: Mapping[str, Any] | None, claim: Claim) -> Difference | None:
     """What a comparison says of a claim.
 
     Args:

@@ -185,16 +185,18 @@ def grid(result: dict, out: pathlib.Path) -> pathlib.Path:
     figure, panels = plt.subplots(
         1, 2, figsize=(11, 4.2), sharey=True, layout="constrained"
     )
-    for axes, metric in zip(panels, ("best", "last"), strict=True):
+    lines, shown = _grid(result), {"best": "best epoch", "last": "last epochs"}
+    volumes = sorted({v for line in lines.values() for v in line})
+    for axes, (metric, name) in zip(panels, shown.items(), strict=True):
         colours = itertools.cycle(COLOURS)
-        for (alpha, line), colour in zip(_grid(result).items(), colours, strict=False):
+        for (alpha, line), colour in zip(lines.items(), colours, strict=False):
             m = [entry["metrics"][metric] for entry in line.values()]
             mean, std = (100 * np.array([x[k] for x in m]) for k in ("mean", "std"))
             label = f"alpha {alpha:g}"
             axes.errorbar([*line], mean, std, fmt=".-", color=colour, label=label)
-        axes.set(
-            xlabel="v", xscale="log", title=f"{metric} epoch{'s' * (metric == 'last')}"
-        )
+        axes.set(xlabel="v", xscale="log", title=name)
+        axes.set_xticks(volumes, [f"{v:g}" for v in volumes])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
@@ -224,10 +226,8 @@ def grid_curves(result: dict, out: pathlib.Path) -> pathlib.Path:
         axes.set(xlabel="epoch", title=f"alpha {alpha:g}")
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("test accuracy (%)")
-    names = [f"v {v:g}" for v in sorted(handles)]
-    figure.legend(
-        [*map(handles.get, sorted(handles))], names, loc="outside right upper"
-    )
+    names = {f"v {v:g}": line for v, line in sorted(handles.items())}
+    figure.legend([*names.values()], [*names], loc="outside right upper")
     figure.suptitle(title(result))
     return _save(figure, out, "grid_curves")
 

@@ -93,10 +93,11 @@ def further(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def share(entry: dict, metric: str) -> str:
-    """Mean and standard deviation in percent; nothing of what was not measured."""
+    """Mean and, of several seeds, deviation in percent; empty if not measured."""
     if (m := entry["metrics"].get(metric)) is None:
         return ""
-    return f"{100 * m['mean']:.1f} ± {100 * m['std']:.1f}"
+    mean, std = f"{100 * m['mean']:.1f}", f"{100 * m['std']:.1f}"
+    return f"{mean} ± {std}" if len(m["seeds"]) > 1 else mean
 
 
 def table(result: dict) -> Table:
@@ -125,7 +126,8 @@ def verdict(result: dict) -> list[str]:
     """What the numbers say, and what they do not."""
     results = result["results"]
     if not results:
-        return ["Nothing is finished yet."]
+        known = [lacking(result)] * ("missing" in result)
+        return ["Nothing is finished yet.", *known]
     questions = {"last": "in the last epochs", "worst": "under all attacks"}
     lines = [
         _ranking(result, metric, f"Highest accuracy {words}")

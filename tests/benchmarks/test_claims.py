@@ -1,15 +1,14 @@
 """Claims, and what seeds can tell of them."""
 
-import types
-
 import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks import claims
 from benchmarks.claims import FAILED, HELD, OPEN
+from benchmarks.experiments import Claim
 
-CLAIM = types.SimpleNamespace(better="a", worse="b", metric="last")
+CLAIM = Claim("a", "b", "last")
 
 
 def compared(seeds=5, **values):
@@ -40,7 +39,7 @@ def test_differences_are_told_from_their_uncertainty(a, b, outcome):
 def test_what_was_not_run_is_not_judged():
     assert claims.judge(None, CLAIM) is None
     assert claims.judge(compared(a=[0.9, 0.8]), CLAIM) is None
-    other = types.SimpleNamespace(better="a", worse="b", metric="fgsm")
+    other = Claim("a", "b", "fgsm")
     assert claims.judge(compared(a=[0.9, 0.8], b=[0.9, 0.8]), other) is None
 
 
