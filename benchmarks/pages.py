@@ -1,9 +1,10 @@
 """``RESULTS.md``, ``COSTS.md`` and ``SPEED.md``: each result once, with its meaning."""
 
 import pathlib
+from collections import Counter
 from typing import Any
 
-from benchmarks import record
+from benchmarks import claims, record, standings
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.plots import dataset, title
 from benchmarks.report import (
@@ -11,14 +12,31 @@ from benchmarks.report import (
     cost_markdown,
     limits_table,
     markdown,
+    markdown_table,
     speed_markdown,
+    theory_markdown,
 )
 
 FOLDER = pathlib.Path(__file__).parent
 # The committed pictures: results, and what is drawn of them.
-PICTURES = {
-    "volumization-table2-cpu-noise80": "accuracy",
-    "enc-tables-cpu-decay": "sensitivity",
+PICTURES: dict[str, tuple[str, ...]] = {
+    "volumization-table2-cpu-noise80": ("accuracy",),
+    "enc-tables-cpu-decay": ("sensitivity",),
+    "theory-figure4": ("errors",),
+}
+# What each plot of `benchmarks.plots` shows.
+SHOWN = {
+    "accuracy": "Accuracy over epochs",
+    "sensitivity": "Sensitivity over epochs",
+    "energy": "Weight energy and complexity over epochs",
+    "gradients": "Norms of input gradients",
+    "strength": "Accuracy over the strength of attacks",
+    "weights": "Weights of every layer",
+    "levels": "Distances from levels over epochs",
+    "settling": "Test accuracy of the best trial so far",
+    "grid": "Accuracy over v and alpha",
+    "grid_curves": "Accuracy over epochs, for v and alpha",
+    "errors": "Errors over the noise",
 }
 WRITTEN = "<!-- Written by `python -m benchmarks pages`; changes here are lost. -->"
 RESULTS_HEAD = f"""\
@@ -49,14 +67,27 @@ What the comparisons measured; what follows for a method is on its card.
 - **step time**: of a whole training step, relative to one without regularization.
 - *In italics*: the papers' own figures.
 - **commit**: of the code that measured; older files do not tell it.
+- **claims**: a paper's, or one of ours, that a method beats another. It **held** or
+  **failed** where the difference of the means over seeds, in percentage points, is
+  larger than its uncertainty, the half width of its 95 % interval: of Welch's t, or,
+  where both have all of five seeds or more, of the differences seed by seed, since
+  runs of a seed begin with the same weights and the same wrong labels. Otherwise it
+  **could not be told**, as with a single seed. Of twenty claims on methods that are
+  alike, one is expected to hold or to fail by luck. **after** so many **trials**: fewer
+  than {ENOUGH_TRIALS}, so that more tuning may well change it.
+- **fixed**: a row at the paper's settings, or others that are not tuned. **tuned**: at
+  the best of its trials. In parentheses: the number of seeds.
 
 ## Nine trials are too few
 
-Few trials tell who was lucky in tuning. On [MNIST with 80 % wrong
-labels](#quantization-cpu-mnist-noise80), nine for each method put binary networks ahead
-of weight decay. That lead is taken back until it has been measured with enough trials.
-Below tables with fewer than {ENOUGH_TRIALS} trials a method, the sentences on which one
-has the highest accuracy describe the table and do not rank the methods.
+Few trials tell who was lucky in tuning. On MNIST with 80 % wrong labels, nine for each
+method put binary networks ahead of weight decay. That lead is taken back until it has
+been measured with enough trials. Below tables with fewer than {ENOUGH_TRIALS} trials a
+method, the sentences on which one has the highest accuracy describe the table and do
+not rank the methods. Newer files also have the test accuracy of every trial, which
+chooses nothing, and their tables say whether the first two methods by that of the best
+trial so far have changed over the last half of the trials. If so, the ranking has not
+settled.
 
 ## How to run them again
 
@@ -66,7 +97,8 @@ experiment NAME` runs a paper's table, and with `--scale full` the paper's epoch
 data, for which one wants a GPU, and perhaps layers that compute in bfloat16, by
 `--dtype bfloat16`. `python -m benchmarks report FILE` prints a table and draws all its
 plots: accuracy, weight energy and complexity over epochs, input gradients, accuracy
-over the strength of attacks, weights, GBR, distances from levels.
+over the strength of attacks, weights, GBR, distances from levels, accuracy over trials,
+and over v and alpha.
 """
 COSTS_HEAD = f"""\
 # Costs
@@ -145,64 +177,153 @@ def _pages(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     results = {file.stem: record.load(file) for file in files}
     costs = {stem: r for stem, r in results.items() if record.is_cost(r)}
     speeds = {stem: r for stem, r in results.items() if record.is_speed(r)}
-    compared = {s: r for s, r in results.items() if s not in costs | speeds}
+    theories = {s: r for s, r in results.items() if record.is_theory(r)}
+    compared = {s: r for s, r in results.items() if s not in costs | speeds | theories}
     for stem, result in compared.items():
-        if not result["complete"]:
+        if not (result["complete"] or "missing" in result):
             raise ValueError(
                 f"results/{stem}.json must be complete to go on a page, but its run "
                 f"has ended early: run it again."
             )
     return {
-        folder / "RESULTS.md": _results(compared),
+        folder / "RESULTS.md": _results(compared, theories),
         folder / "COSTS.md": _costs(costs),
         folder / "SPEED.md": _speeds(speeds),
     }
 
 
-def _results(compared: dict[str, dict[str, Any]]) -> str:
-    """Comparisons in groups: the data sets' own, then those of the papers' tables."""
+def _results(
+    compared: dict[str, dict[str, Any]], theories: dict[str, dict[str, Any]]
+) -> str:
+    """What held, then the data sets' own comparisons, the papers' tables and theory."""
+    parts = _parts(compared)
+    listed = {
+        stem
+        for parts_of in parts.values()
+        for by_scale in parts_of.values()
+        for stem in by_scale.values()
+    }
     groups: dict[str, list[str]] = {}
     for stem in sorted(compared, key=lambda stem: (_place(compared[stem]), stem)):
         groups.setdefault(_group(compared[stem]), []).append(stem)
+    groups |= {THEORY: sorted(theories)} if theories else {}
     contents, sections = ["## Contents", ""], []
     for heading, stems in groups.items():
         contents.append(f"- {heading}")
         sections += [f"## {heading}", ""]
         for stem in stems:
-            contents.append(f"  - [{stem}](#{stem}): {title(compared[stem])}")
-            sections += _section(stem, compared[stem])
-    return "\n".join([RESULTS_HEAD, *contents, "", *sections]).rstrip() + "\n"
+            about = title(compared[stem]) if stem in compared else "closed and trained"
+            contents.append(f"  - [{stem}](#{stem}): {about}")
+            if stem not in listed:
+                sections += _section(stem, (compared | theories)[stem], "###")
+        for name in _names_of(stems, compared):
+            sections += _experiment(name, parts[name], compared)
+    lines = [RESULTS_HEAD, *_summary(parts, compared), *contents, "", *sections]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+THEORY = "Theory (volumization, Figure 4)"
+Parts = dict[str, dict[str, str]]  # stems by part, and then by scale
+
+
+def _parts(compared: dict[str, dict[str, Any]]) -> dict[str, Parts]:
+    """The files of every part of every experiment, in the registry's order."""
+    found: dict[str, Parts] = {
+        name: {part: {} for part in experiment.parts}
+        for name, experiment in EXPERIMENTS.items()
+    }
+    for stem, result in sorted(compared.items()):
+        mark = result.get("experiment", {"name": None})
+        if mark["name"] in found and mark["part"] in found[mark["name"]]:
+            found[mark["name"]][mark["part"]][standings.scale_of(result)] = stem
+    return found
+
+
+def _names_of(stems: list[str], compared: dict[str, dict[str, Any]]) -> list[str]:
+    """The experiment of a group, if it is one's that is still repeated."""
+    marks = (compared[s].get("experiment") for s in stems if s in compared)
+    return [n for n in dict.fromkeys(m["name"] for m in marks if m) if n in EXPERIMENTS]
+
+
+def _summary(parts: dict[str, Parts], compared: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for what is claimed of two methods, and which parts have no file yet."""
+    rows, lacked = [], []
+    counts = {scale: Counter() for scale in standings.SCALES}
+    for name, parts_of in parts.items():
+        experiment = EXPERIMENTS[name]
+        for part, stems in parts_of.items():
+            results = {scale: compared[stem] for scale, stem in stems.items()}
+            for scale, count in counts.items():
+                count += standings.counted(experiment, part, results, scale)
+            found = standings.summary(experiment, part, results)
+            where = f"[{name} {part}](#{name}-{part})"  # in the first row
+            rows += [[where * (i == 0), *r] for i, r in enumerate(found) if results]
+        if absent := [part for part, stems in parts_of.items() if not stems]:
+            lacked.append(f"- {name}: {', '.join(absent)}")
+    lines = ["## What held", "", *map(_counts, counts, counts.values()), ""]
+    lines += [*markdown_table(["table", "claim", *standings.SCALES], rows), ""]
+    return [*lines, "Not run yet, at any scale:", "", *lacked, ""] if lacked else lines
+
+
+def _counts(scale: str, counts: Counter) -> str:
+    """How many claims came to what at a scale."""
+    outcomes = (claims.HELD, claims.OPEN, claims.FAILED, claims.NOT_RUN)
+    words = ", ".join(f"{counts[outcome]} {outcome}" for outcome in outcomes)
+    return f"- {scale}: of {counts.total()} claims, {words}."
+
+
+def _experiment(
+    name: str, parts: Parts, compared: dict[str, dict[str, Any]]
+) -> list[str]:
+    """An experiment's parts, each with its tables, claims and files."""
+    experiment = EXPERIMENTS[name]
+    lines = [experiment.note, ""]
+    for part, stems in parts.items():
+        if not stems:
+            continue
+        results = {scale: compared[stem] for scale, stem in stems.items()}
+        lines += [f"### {name} {part}", ""]
+        lines += standings.table(experiment, part, results)
+        lines += standings.judged(experiment, part, results)
+        for stem in stems.values():
+            lines += _section(stem, compared[stem], "####")
+    return lines
 
 
 def _place(result: dict) -> int:
-    """Where a comparison's group goes."""
+    """Where a comparison's group goes; those that are repeated no longer, last."""
+    if not (mark := result.get("experiment")):
+        return -1
     names = [*EXPERIMENTS]
-    return names.index(mark["name"]) if (mark := result.get("experiment")) else -1
+    return names.index(mark["name"]) if mark["name"] in names else len(names)
 
 
 def _group(result: dict) -> str:
     """The heading under which a comparison goes."""
-    if mark := result.get("experiment"):
-        text = EXPERIMENTS[mark["name"]].title
-        return text[0].upper() + text[1:]
-    return dataset(result)
+    if not (mark := result.get("experiment")):
+        return dataset(result)
+    known = EXPERIMENTS.get(mark["name"])
+    text = known.title if known else mark["name"]
+    return text[0].upper() + text[1:]
 
 
-def _section(stem: str, result: dict) -> list[str]:
-    """A comparison under its file's name, which is its address on the page."""
+def _section(stem: str, result: dict, level: str) -> list[str]:
+    """A result under its file's name, which is its address on the page."""
+    theory = record.is_theory(result)
     lines = [
-        f"### {stem}",
+        f"{level} {stem}",
         "",
-        markdown(result),
+        theory_markdown(result) if theory else markdown(result),
         "",
         f"[{stem}.json](results/{stem}.json)",
     ]
     if mark := result.get("experiment"):
         command = f"experiment {mark['name']} --scale {mark['scale']}"
         lines[-1] += f"; `python -m benchmarks {command} --parts {mark['part']}`"
-    if what := PICTURES.get(stem):
+    about = "" if theory else f": {title(result)}"
+    for what in PICTURES.get(stem, ()):
         picture = f"results/{stem}-{what}.png"
-        lines += ["", f"![{what.capitalize()} over epochs: {title(result)}]({picture})"]
+        lines += ["", f"![{SHOWN[what]}{about}]({picture})"]
     return [*lines, ""]
 
 

@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.data import DATASETS
 from benchmarks.record import write
+from benchmarks.settling import courses
+from benchmarks.theory import volumized_error
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -24,9 +26,14 @@ def draw(result: dict, out: pathlib.Path) -> list[pathlib.Path]:
     """Draws what is finished of a comparison, beside the JSON file ``out``."""
     if not result["results"]:
         return []
-    plots = [accuracy, energy, gradients, strength, weights]
+    entries = result["results"].values()
+    plots = [accuracy, energy, weights]
+    plots += [gradients] * any("gradients" in e for e in entries)
+    plots += [strength] * any("strength" in e for e in entries)
     plots += [sensitivity] * bool(result["settings"].get("sensitivity"))
-    plots += [levels] * any("level_distance" in e for e in result["results"].values())
+    plots += [levels] * any("level_distance" in e for e in entries)
+    plots += [settling] * bool(courses(result))
+    plots += [grid, grid_curves] * (len(_grid(result)) > 1)
     return [plot(result, out) for plot in plots]
 
 
@@ -93,7 +100,8 @@ def gradients(result: dict, out: pathlib.Path) -> pathlib.Path:
     """How the norms of input gradients are distributed (WEISSI, Figure 3)."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for colour, entry in _methods(result):
-        histogram = entry["gradients"]
+        if (histogram := entry.get("gradients")) is None:
+            continue
         edges = 10 ** np.array(histogram["log10_edges"])
         share = np.array(histogram["counts"]) / np.diff(histogram["log10_edges"])
         share /= max(sum(histogram["counts"]), 1)
@@ -110,25 +118,135 @@ def gradients(result: dict, out: pathlib.Path) -> pathlib.Path:
 
 
 def strength(result: dict, out: pathlib.Path) -> pathlib.Path:
-    """Accuracy over the strength of attacks, of the first seed (WEISSI, Figure 4)."""
+    """Accuracy over the strength of attacks (WEISSI, Figure 4; volumization, 8 and 9).
+
+    Lines are of the first seed. Where all seeds were attacked within further radii,
+    points are means over seeds, with one standard deviation.
+    """
     shown = {"fgsm": "FGSM", "pgd": "PGD", "worst": "all attacks, the worst for each"}
     figure, grid = plt.subplots(
         1, len(shown), figsize=(11, 3.8), sharey=True, layout="constrained"
     )
     for axes, (attack, name) in zip(grid, shown.items(), strict=True):
         for colour, entry in _methods(result):
-            curve = entry["strength"]
+            if (curve := entry.get("strength")) is None:
+                continue
             x = [0.0, *curve["epsilon"]]
-            y = [curve["clean"][0], *curve[attack]]
-            axes.plot(
-                x, 100 * np.array(y), "o-", ms=3, color=colour, label=entry["label"]
-            )
+            y = 100 * np.array([curve["clean"][0], *curve[attack]], float)
+            axes.plot(x, y, ".-", ms=4, color=colour, label=entry["label"])
+            if radii := _radii(result, entry, attack):
+                axes.errorbar(*radii, fmt="o", ms=4, capsize=2, color=colour)
         axes.set(xlabel="radius of the attack (L-infinity)", title=name)
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("test accuracy (%)")
-    grid[-1].legend()
+    _legend(figure, grid[-1], result)
     figure.suptitle(title(result))
     return _save(figure, out, "strength")
+
+
+def _radii(result: dict, entry: dict, attack: str) -> list[np.ndarray]:
+    """Radii, means over seeds and their deviations in percent, if there are several."""
+    settings, metrics = result["settings"], entry["metrics"]
+    names = {settings["epsilon"]: attack}
+    names |= {e: f"{attack} {e:g}" for e in settings.get("epsilons") or ()}
+    known = [
+        (radius, 100 * metrics[name]["mean"], 100 * metrics[name]["std"])
+        for radius, name in sorted(names.items())
+        if name in metrics
+    ]
+    return [*np.array(known).T] if len(known) > 1 else []
+
+
+def settling(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """Test accuracy of the best trial so far, over the number of trials."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    known = courses(result)
+    for colour, (name, course) in zip(
+        itertools.cycle(COLOURS), known.items(), strict=False
+    ):
+        x, label = np.arange(1, len(course) + 1), result["results"][name]["label"]
+        axes.step(x, 100 * np.array(course), where="post", color=colour, label=label)
+    axes.set(
+        xlabel="trials",
+        ylabel="test accuracy (%) of the best trial so far",
+        title=title(result),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, out, "settling")
+
+
+def grid(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """Accuracy over the volume, a line for each alpha (volumization, Figure 5).
+
+    Means over seeds and one standard deviation, of the best and of the last epochs.
+    """
+    figure, panels = plt.subplots(
+        1, 2, figsize=(11, 4.2), sharey=True, layout="constrained"
+    )
+    lines, shown = _grid(result), {"best": "best epoch", "last": "last epochs"}
+    volumes = sorted({v for line in lines.values() for v in line})
+    for axes, (metric, name) in zip(panels, shown.items(), strict=True):
+        colours = itertools.cycle(COLOURS)
+        for (alpha, line), colour in zip(lines.items(), colours, strict=False):
+            m = [entry["metrics"][metric] for entry in line.values()]
+            mean, std = (100 * np.array([x[k] for x in m]) for k in ("mean", "std"))
+            label = f"alpha {alpha:g}"
+            axes.errorbar([*line], mean, std, fmt=".-", color=colour, label=label)
+        axes.set(xlabel="v", xscale="log", title=name)
+        axes.set_xticks(volumes, [f"{v:g}" for v in volumes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.suptitle(title(result))
+    return _save(figure, out, "grid")
+
+
+def grid_curves(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """Accuracy over epochs, a panel for each alpha (volumization, Figures 6 and 7)."""
+    lines = _grid(result)
+    figure, panels = plt.subplots(
+        1,
+        len(lines),
+        figsize=(1 + 2.6 * len(lines), 3.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    volumes = dict.fromkeys(v for line in lines.values() for v in line)
+    colours = dict(zip(sorted(volumes), itertools.cycle(COLOURS), strict=False))
+    handles = {}
+    for axes, (alpha, line) in zip(panels[0], lines.items(), strict=True):
+        for v, entry in line.items():
+            mean = 100 * np.array(entry["test_accuracy"], float).mean(0)
+            epochs = np.arange(1, len(mean) + 1)
+            (handles[v],) = axes.plot(epochs, mean, color=colours[v])
+        axes.set(xlabel="epoch", title=f"alpha {alpha:g}")
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("test accuracy (%)")
+    names = {f"v {v:g}": line for v, line in sorted(handles.items())}
+    figure.legend([*names.values()], [*names], loc="outside right upper")
+    figure.suptitle(title(result))
+    return _save(figure, out, "grid_curves")
+
+
+def _grid(result: dict) -> dict[float, dict[float, dict]]:
+    """Methods at given volumes: by alpha, and then by ``v``, both in order.
+
+    The same place with another learning rate is no part of the grid.
+    """
+    places: dict[tuple[float, float], dict] = {}
+    for entry in result["results"].values():
+        tuning, known = entry["tuning"], entry["tuning"]["chosen"]
+        if not tuning["trials"] and known.keys() >= {"v", "one_minus_alpha"}:
+            place = round(1 - known["one_minus_alpha"], 6), known["v"]
+            places.setdefault(place, entry)
+    found: dict[float, dict[float, dict]] = {}
+    for (alpha, v), entry in sorted(places.items(), key=lambda item: item[0]):
+        found.setdefault(alpha, {})[v] = entry
+    return found
 
 
 def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -164,6 +282,97 @@ def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
     return _save(figure, out, "weights")
 
 
+def theory(result: dict, out: pathlib.Path) -> pathlib.Path:
+    """Errors of a linear student, in closed form and trained (volumization, Figure 4).
+
+    Lines are closed forms, points means over seeds with one standard deviation.
+    """
+    figure, (left, right, boxes) = plt.subplots(
+        1, 3, figsize=(14, 5), layout="constrained"
+    )
+    kinds = ("uniform", "(a) uniform noise"), ("cauchy", "(b) Cauchy noise")
+    for axes, (noise, name) in zip((left, right), kinds, strict=True):
+        constant = result["theory"]["constant"]
+        axes.set(xlabel="sigma", title=name, ylim=(0, 1.5 * constant[0]))
+        _errors_over_noise(axes, result, noise)
+    _closed_forms(left, result)
+    least = min(result["simulated"]["cauchy"]["none"]["mean"])
+    right.set_title(f"(b) Cauchy noise; no regularization: {least:,.0f} and more")
+    left.set_ylabel("mean squared error of a weight")
+    _errors_over_volumes(boxes, result)
+    s, seeds = result["settings"], len(result["settings"]["seeds"])
+    figure.suptitle(
+        f"Linear teacher and student, {s['parameters']} weights, a = {s['a']:g}, "
+        f"{seeds} seeds"
+    )
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=4
+    )
+    return _save(figure, out, "errors")
+
+
+# Colour, marker and name of what theory and simulation compare.
+THEORY = {
+    "none": (COLOURS[0], "o", "no regularization"),
+    "weight_decay": (COLOURS[1], "s", "best weight decay"),
+    "volumization": (COLOURS[2], "D", "best volumization"),
+}
+
+
+def _errors_over_noise(axes, result: dict, noise: str) -> None:
+    """The zero model's error, and each method's as measured."""
+    x, y = result["settings"]["sigmas"], result["theory"]["constant"]
+    axes.plot(x, y, color="#999999", label="zero model")
+    for key, (colour, marker, name) in THEORY.items():
+        found = result["simulated"][noise][key]
+        if min(found["mean"]) > axes.get_ylim()[1]:
+            continue  # the bars alone would be seen, as lines from below to above
+        axes.errorbar(
+            x,
+            found["mean"],
+            found["std"],
+            fmt=marker,
+            ms=4,
+            lw=1,
+            color=colour,
+            label=f"{name}, trained",
+        )
+    axes.grid(alpha=0.3)
+
+
+def _closed_forms(axes, result: dict) -> None:
+    """Every method's error under uniform noise, and the paper's beyond its range."""
+    x, known = result["settings"]["sigmas"], result["theory"]
+    for key, (colour, _, name) in THEORY.items():
+        axes.plot(x, known[key], color=colour, label=f"{name}, closed form")
+    axes.plot(
+        x, known["printed"], ":", color=COLOURS[2], label="volumization, as printed"
+    )
+
+
+def _errors_over_volumes(axes, result: dict) -> None:
+    """Volumization's error over the volume, for a few strengths of uniform noise."""
+    s, boxes = result["settings"], result["simulated"]["uniform"]["boxes"]
+    for colour, i in zip(
+        COLOURS[3:], np.linspace(1, len(s["sigmas"]) - 1, 4), strict=False
+    ):
+        i, v = int(i), np.array(s["volumes"])
+        sigma = s["sigmas"][i]
+        axes.plot(v, volumized_error(v, sigma, s["a"]), color=colour)
+        axes.errorbar(
+            v[::3],
+            boxes["mean"][i][::3],
+            boxes["std"][i][::3],
+            fmt=".",
+            lw=1,
+            color=colour,
+            label=f"sigma {sigma:g}",
+        )
+    axes.set(xlabel="volume V", title="uniform noise, over the volume", ylim=(0, 1.0))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
 def dataset(result: dict) -> str:
     """The data set as it was: JPEG costs detail."""
     name = result["settings"]["dataset"]
@@ -177,12 +386,16 @@ def title(result: dict) -> str:
     words = [dataset(result)]
     if s["noise"] or not result.get("experiment"):
         words.append(f"{s['noise']:.0%} of training labels wrong")
+    if s.get("labels"):
+        words.append(f"labels {s['labels']}")
     known = DATASETS.get(s["dataset"])
     if known is None or s["model"] != known.model:
         words.append(s["model"])
     if (dtype := s.get("dtype", "float32")) != "float32":
         words.append(dtype)
     words += s.get("augment") or []
+    if (loss := s.get("loss", "cross_entropy")) != "cross_entropy":
+        words.append(f"loss {loss}")
     if s["adversarial"]:
         words.append(f"adversarial training within {s['adversarial']:.2g}")
     words.append(f"{s['seeds']} seed{'s' if s['seeds'] > 1 else ''}")

@@ -20,23 +20,44 @@ KINDS: dict[str, tuple[type, ...]] = {
     "a list": (list,),
     "an object": (dict,),
 }
-# What tables and plots need of a file, and what it may have beside that.
+NESTED = {dict: "an object", list: "a list"}
+# What tables and plots need of a file. What a name with "?" stands for may be missing.
+SHARE = {"seeds": "a list", "mean": "a number", "std": "a number"}
+SIZE = SHARE | dict.fromkeys(("mean", "std"), "a number or null")
+ATTACKS = ("fgsm", "pgd", "worst")
 METHOD = {
     "label": "text",
-    "tuning": {"trials": "a list", "chosen": {EACH: "a number"}, "at_edge": "a list"},
+    "tuning": {
+        "trials": [
+            {
+                "hyperparameters": {EACH: "a number"},
+                "score": "a number or null",
+                "tested?": "a number or null",  # older files do not have it
+            }
+        ],
+        "chosen": {EACH: "a number"},
+        "at_edge": "a list",
+    },
     "metrics": {
-        name: {"mean": "a number", "std": "a number"}
-        for name in ("best", "last", "fgsm", "pgd", "worst")
+        **dict.fromkeys(("best", "last"), SHARE),
+        **{f"{name}?": SHARE for name in ATTACKS},
+        EACH: SIZE,
     },
     "warnings": "a list",
     "test_accuracy": "a list",
     "log_energy": "a list",
     "complexity": "a list",
-    "strength": dict.fromkeys(("epsilon", "clean", "fgsm", "pgd", "worst"), "a list"),
-    "gradients": {"counts": "a list", "log10_edges": "a list"},
+    "strength?": dict.fromkeys(("epsilon", "clean", *ATTACKS), "a list"),
+    "gradients?": {"counts": "a list", "log10_edges": "a list"},
     "weights": {
         EACH: {"counts": "a list", "edges": "a list", "wall": "a number or null"}
     },
+}
+CELL = {
+    "role": "text",
+    "method": "text",
+    "seed": "a whole number",
+    "trial?": "a number or null",
 }
 FORM = {
     "form": "text",
@@ -51,18 +72,20 @@ COMPARISON = {
         "dataset": "text",
         "noise": "a number",
         "model": "text",
+        "methods": "a list",
         "seeds": "a whole number",
         "adversarial": "a number",
         "epsilon": "a number",
+        "epsilons?": ["a number"],
     },
     "data": {"source": "text"},
     "device": "text",
     "results": {EACH: METHOD},
-}
-MAY_HAVE = {
-    "experiment": {"name": "text", "part": "text", "scale": "text"},
-    "deployed": {EACH: {"method": "text", "accuracy": "a list", **FORM}},
-    "relative_step_time": {EACH: "a number"},
+    "experiment?": {"name": "text", "part": "text", "scale": "text"},
+    "deployed?": {EACH: {"method": "text", "accuracy": "a list", **FORM}},
+    "relative_step_time?": {EACH: "a number"},
+    "cells?": [CELL],
+    "missing?": "a whole number",
 }
 TIMES = {EACH: {EACH: "a number"}}
 COST = {
@@ -102,6 +125,31 @@ SPEED = {
     "left_out": {EACH: "text"},
     "timed": {EACH: {"about": "text", "columns": {EACH: {EACH: TIMING}}}},
     "counted": {EACH: {"about": "text", "columns": {EACH: {EACH: TIMES[EACH]}}}},
+}
+OVER_SEEDS = {"mean": "a list", "std": "a list"}
+CHOSEN = {"chosen": "a list", **OVER_SEEDS}
+THEORY = {
+    "command": "text",
+    "device": "text",
+    "settings": {
+        "a": "a number",
+        **dict.fromkeys(("parameters", "steps"), "a whole number"),
+        **dict.fromkeys(("seeds", "tuning_seeds"), "a list"),
+        **dict.fromkeys(("sigmas", "volumes", "decays"), "a list"),
+    },
+    "theory": dict.fromkeys(
+        ("none", "constant", "weight_decay", "volumization", "printed", "best_volume"),
+        "a list",
+    ),
+    "simulated": {
+        noise: {
+            "none": OVER_SEEDS,
+            "volumization": CHOSEN,
+            "weight_decay": CHOSEN,
+            "boxes": OVER_SEEDS,
+        }
+        for noise in ("uniform", "cauchy")
+    },
 }
 
 
@@ -157,7 +205,7 @@ def partials(out: pathlib.Path) -> list[pathlib.Path]:
 
 
 def load(file: pathlib.Path) -> dict[str, Any]:
-    """Reads a comparison, costs or speeds, and refuses a file that is none.
+    """Reads a comparison, costs, speeds or theory, and refuses a file that is none.
 
     Raises:
       ValueError: The file is no JSON, or lacks what a result has, or is newer.
@@ -177,17 +225,19 @@ def load(file: pathlib.Path) -> dict[str, Any]:
             f"{file} has format {version!r}, but this version reads {FORMAT} only: "
             f"read it with the version that wrote it."
         )
-    if is_speed(result):
-        _check(result, SPEED, "", file)
-    elif is_plan(result):
-        _check(result, PLANS, "", file)
-    elif is_cost(result):
-        _check(result, COST, "", file)
-    else:
-        _check(result, COMPARISON, "", file)
-        known = {name: kind for name, kind in MAY_HAVE.items() if name in result}
-        _check(result, known, "", file)
+    _check(result, _expected(result), "", file)
     return result
+
+
+def _expected(result: dict) -> dict:
+    """What a result has to have, by what it is of."""
+    if is_speed(result):
+        return SPEED
+    if is_theory(result):
+        return THEORY
+    if is_cost(result):
+        return PLANS if is_plan(result) else COST
+    return COMPARISON
 
 
 def is_cost(result: dict) -> bool:
@@ -203,6 +253,11 @@ def is_plan(result: dict) -> bool:
 def is_speed(result: dict) -> bool:
     """Whether a result is of `benchmarks.speed`."""
     return "timed" in result
+
+
+def is_theory(result: dict) -> bool:
+    """Whether a result is of `benchmarks.theory`."""
+    return "simulated" in result
 
 
 def refuse_another(settings: dict, out: pathlib.Path, data: dict | None = None) -> None:
@@ -234,18 +289,24 @@ def refuse_another(settings: dict, out: pathlib.Path, data: dict | None = None) 
 
 def _check(value: Any, expected: Any, where: str, file: pathlib.Path) -> None:
     """Compares what was read with what is needed, down to the first difference."""
-    kind = expected if isinstance(expected, str) else "an object"
+    kind = expected if isinstance(expected, str) else NESTED[type(expected)]
     if not isinstance(value, KINDS[kind]):
         raise ValueError(
             f"{file} must have {kind} as {where}, but has {reprlib.repr(value)}."
         )
-    if isinstance(expected, str):
+    if isinstance(expected, list):
+        for i, entry in enumerate(value):
+            _check(entry, expected[0], f"{where}[{i}]", file)
+    if not isinstance(expected, dict):
         return
-    for name in value if EACH in expected else expected:
+    known = {name.removesuffix("?"): inner for name, inner in expected.items()}
+    each = known.pop(EACH, None)
+    for name in known | dict.fromkeys(value if each else ()):
         inner = f"{where}.{name}" if where else name
-        if name not in value:
+        if name in value:
+            _check(value[name], known.get(name, each), inner, file)
+        elif f"{name}?" not in expected:
             raise ValueError(
                 f"{file} lacks the field {inner}, which results have: it is of another "
                 f"version, or no result of `python -m benchmarks`."
             )
-        _check(value[name], expected.get(EACH, expected.get(name)), inner, file)

@@ -1,14 +1,17 @@
 """Tables and sentences of a comparison, from its JSON alone."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 from rich.table import Table
 
+from benchmarks import claims, settling
 from benchmarks.deploy import BATCHES
 from benchmarks.experiments import EXPERIMENTS
+from benchmarks.methods import METHODS
 from benchmarks.plots import title
-from benchmarks.record import is_plan
+from benchmarks.record import ATTACKS, is_plan
 from benchmarks.step_plans import BATCH, LIMITS, MODEL
 
 COLUMNS = {
@@ -30,16 +33,18 @@ ENOUGH_TRIALS = 40
 
 
 def paper(result: dict) -> tuple[Mapping[str, Mapping[str, float]], str | None]:
-    """The paper's rows for a result, if it has some, and in what its runs differ."""
-    settings, mark = result["settings"], result.get("experiment")
-    if mark:
-        if not (experiment := EXPERIMENTS.get(mark["name"])):
-            return {}, None  # of a table that is no longer repeated
-        return experiment.paper.get(mark["part"], {}), experiment.note
-    experiment = EXPERIMENTS["volumization-table2"]
-    for name, part in experiment.parts.items():
-        if (settings["dataset"], settings["noise"]) == ("mnist", part["noise"]):
-            return experiment.paper[name], experiment.note
+    """The rows of a paper's table on the same wrong labels, and in what it differs.
+
+    Of a comparison that is part of no experiment. Those of an experiment's parts stand
+    in `benchmarks.standings`.
+    """
+    settings = result["settings"]
+    data = settings["dataset"], settings["noise"]
+    for experiment in EXPERIMENTS.values():
+        for name, published in experiment.paper.items():
+            part = experiment.settings(name, "full")
+            if published and data[1] and (part["dataset"], part["noise"]) == data:
+                return published, experiment.note
     return {}, None
 
 
@@ -50,14 +55,13 @@ def rows(result: dict) -> list[list[str]]:
     for name, entry in result["results"].items():
         chosen = entry["tuning"]["chosen"].items()
         cells = [entry["label"], ", ".join(f"{_short(k)} {v:.2g}" for k, v in chosen)]
-        for metric in COLUMNS:
-            m = entry["metrics"][metric]
-            cells.append(f"{100 * m['mean']:.1f} ± {100 * m['std']:.1f}")
+        cells += [share(entry, metric) for metric in _measured(result)]
         for metric in _sensitivity(result):
             m = entry["metrics"][metric]
             known = None not in (m["mean"], m["std"])
             cells.append(f"{m['mean']:.3g} ± {m['std']:.3g}" if known else "diverged")
-        cells.append(f"{times[name]:.2f}" if name in times else "")
+        if times:
+            cells.append(f"{times[name]:.2f}" if name in times else "")
         table.append(cells)
     return table
 
@@ -67,10 +71,33 @@ def header(result: dict) -> list[str]:
     return [
         "method",
         "settings",
-        *COLUMNS.values(),
+        *(COLUMNS[metric] for metric in _measured(result)),
         *_sensitivity(result).values(),
-        "step time",
+        *["step time"] * bool(result.get("relative_step_time")),
     ]
+
+
+def further(result: dict) -> tuple[list[str], list[list[str]]]:
+    """A table of attacks within further radii: its header and its rows."""
+    radii = result["settings"].get("epsilons") or ()
+    names = {
+        f"{attack} {radius:g}": f"{COLUMNS[attack]}, {radius:g}"
+        for radius in sorted(radii)
+        for attack in ATTACKS
+    }
+    table = [
+        [entry["label"], *(share(entry, metric) for metric in names)]
+        for entry in result["results"].values()
+    ]
+    return ["method", *names.values()], table if names else []
+
+
+def share(entry: dict, metric: str) -> str:
+    """Mean and, of several seeds, deviation in percent; empty if not measured."""
+    if (m := entry["metrics"].get(metric)) is None:
+        return ""
+    mean, std = f"{100 * m['mean']:.1f}", f"{100 * m['std']:.1f}"
+    return f"{mean} ± {std}" if len(m["seeds"]) > 1 else mean
 
 
 def table(result: dict) -> Table:
@@ -99,10 +126,13 @@ def verdict(result: dict) -> list[str]:
     """What the numbers say, and what they do not."""
     results = result["results"]
     if not results:
-        return ["Nothing is finished yet."]
+        known = [lacking(result)] * ("missing" in result)
+        return ["Nothing is finished yet.", *known]
+    questions = {"last": "in the last epochs", "worst": "under all attacks"}
     lines = [
-        _ranking(result, "last", "Highest accuracy in the last epochs"),
-        _ranking(result, "worst", "Highest accuracy under all attacks"),
+        _ranking(result, metric, f"Highest accuracy {words}")
+        for metric, words in questions.items()
+        if metric in _measured(result)
     ]
     if counts := _trials(result):
         lines.append(
@@ -111,6 +141,7 @@ def verdict(result: dict) -> list[str]:
         )
     elif not any(e["tuning"]["trials"] for e in results.values()):
         lines.append("Note: No method was tuned: this ranks settings, not methods.")
+    lines += _settling(result)
     for entry in results.values():
         if edge := entry["tuning"]["at_edge"]:
             lines.append(
@@ -119,29 +150,79 @@ def verdict(result: dict) -> list[str]:
             )
         lines += [f"Warning: {entry['label']}: {w}" for w in entry["warnings"]]
     if not result["complete"]:
-        lines.append("Interrupted or still going on: not all methods are finished.")
+        lines.append(lacking(result))
     return lines
 
 
+def lacking(result: dict) -> str:
+    """How many of its runs a comparison has, and which ones it lacks."""
+    if "missing" not in result:
+        return "Interrupted or still going on: not all methods are finished."
+    there = Counter(c["method"] for c in result["cells"] if c["role"] == "final")
+    seeds = result["settings"]["seeds"]
+    left = {name: seeds - there[name] for name in result["settings"]["methods"]}
+    done = len(result["cells"])
+    named = [
+        f"{_label(result, name)} ({count} seed{'s' * (count > 1)})"
+        for name, count in left.items()
+        if count > 0
+    ]
+    which = f"; missing: {', '.join(named)}" if named else ""
+    return f"{done} of {done + result['missing']} cells{which}."
+
+
+def _label(result: dict, name: str) -> str:
+    """What a method is called, also where it has not been run yet."""
+    if name in result["results"]:
+        return result["results"][name]["label"]
+    return METHODS[name].label if name in METHODS else name
+
+
+def _settling(result: dict) -> list[str]:
+    """Whether more trials might still change which tuned methods come first."""
+    try:
+        first_two = settling.settled(result)
+    except LookupError:
+        return []
+    if first_two is None:
+        return [
+            "Note: Tuning has not settled: over the last half of the trials, the first "
+            "two methods by test accuracy of the best trial so far have changed."
+        ]
+    first, second = (result["results"][name]["label"] for name in first_two)
+    return [
+        f"Over the last half of the trials, the first two by test accuracy of the best "
+        f"trial so far have been {first} and then {second}."
+    ]
+
+
 def _ranking(result: dict, metric: str, question: str) -> str:
-    """The first two by a metric, and whether seeds can tell them apart."""
-    by = sorted(result["results"].values(), key=lambda e: -e["metrics"][metric]["mean"])
+    """The first two by a metric, and whether seeds can tell them apart.
+
+    Luck makes a gap larger between those that are picked for being first.
+    """
+    known = [e for e in result["results"].values() if metric in e["metrics"]]
+    by = sorted(known, key=lambda e: -e["metrics"][metric]["mean"])
     line = f"{question}: {by[0]['label']} ({_percent(by[0], metric)})"
     if len(by) == 1:
         return line + "."
     line += f", then {by[1]['label']} ({_percent(by[1], metric)}); "
-    first, second = (entry["metrics"][metric] for entry in by[:2])
-    gap, spread = first["mean"] - second["mean"], max(first["std"], second["std"])
-    if result["settings"]["seeds"] == 1:
+    seeds = [entry["metrics"][metric]["seeds"] for entry in by[:2]]
+    gap = claims.difference(*seeds, of=result["settings"]["seeds"])
+    if gap.uncertainty is None:
         return line + "one seed cannot tell which is better."
-    if gap <= spread:
-        return (
-            line + "the gap is within one standard deviation over seeds, so which is "
-            "better cannot be told."
-        )
-    if not spread:
+    if not gap.uncertainty and gap.mean:
         return line + "the gap is the same for all seeds."
-    return line + f"the gap is {gap / spread:.1f} standard deviations over seeds."
+    line += f"the gap is {points(gap)}"
+    if gap.outcome == claims.OPEN:
+        return line + ", so which is better cannot be told."
+    return line + "."
+
+
+def points(gap: claims.Difference) -> str:
+    """A difference of accuracies with its uncertainty."""
+    assert gap.mean is not None and gap.uncertainty is not None
+    return f"{100 * gap.mean:.1f} ± {100 * gap.uncertainty:.1f} points"
 
 
 def _trials(result: dict) -> str:
@@ -156,17 +237,23 @@ def _trials(result: dict) -> str:
 def markdown(result: dict) -> str:
     """The same table, sentences and settings for a page."""
     lines = [f"**{_heading(result)}**", ""]
-    lines += _markdown_table(header(result), rows(result))
-    published, note = paper(result)
-    for label, metrics in published.items():
-        cells = [f"*{metrics[m]:.1f}*" if m in metrics else "" for m in COLUMNS]
-        cells += [""] * len(_sensitivity(result))
-        lines.append(f"| *paper: {label}* | | {' | '.join(cells)} | |")
+    lines += markdown_table(header(result), rows(result))
+    published, note = ({}, None) if result.get("experiment") else paper(result)
+    empty = [""] * (len(header(result)) - 2 - len(_measured(result)))
+    for name, metrics in published.items():
+        known = [
+            f"*{metrics[m]:.1f}*" if m in metrics else "" for m in _measured(result)
+        ]
+        label = METHODS[name].label if name in METHODS else name
+        lines.append(f"| {' | '.join([f'*paper: {label}*', '', *known, *empty])} |")
+    head, cells = further(result)
+    if cells:
+        lines += ["", *markdown_table(head, cells)]
     lines += ["", *(f"- {line}" for line in verdict(result))]
     lines += [f"- {note}", ""] if note else [""]
     if "deployed" in result:
         head, cells, sentence = deployed(result)
-        lines += [*_markdown_table(head, cells), "", f"- {sentence}", ""]
+        lines += [*markdown_table(head, cells), "", f"- {sentence}", ""]
     lines.append(f"`{result['command']}`, {origin(result)}.")
     return "\n".join(lines)
 
@@ -266,7 +353,7 @@ def plan_markdown(result: dict) -> str:
             ]
             for name, plan in planned.items()
         ]
-        lines += [*_markdown_table(["program", *PLAN_COLUMNS], cells), ""]
+        lines += [*markdown_table(["program", *PLAN_COLUMNS], cells), ""]
     lines += [f"`{result['command']}`, {origin(result)},", f"by {_compiler(result)}."]
     return "\n".join(lines)
 
@@ -288,18 +375,18 @@ def measured_markdown(result: dict) -> str:
         ]
         for name, c in result["optimizers"].items()
     ]
-    lines = _markdown_table(["optimizer", *columns], kept)
+    lines = markdown_table(["optimizer", *columns], kept)
     for kind, what in (("training", "training step"), ("inference", "inference")):
         models = result[kind]
         cells = [
             [_code(name), *(f"{step[name]:.2f}" for step in models.values())]
             for name in next(iter(models.values()))
         ]
-        lines += ["", *_markdown_table([what, *models], cells)]
+        lines += ["", *markdown_table([what, *models], cells)]
     for model, forms in result["forms"].items():
         first = next(iter(forms.values()))["kernel_bytes"]
         cells = [[form["form"], *form_cells(form, first)] for form in forms.values()]
-        lines += ["", *_markdown_table([f"{model} as", *FORM_COLUMNS], cells)]
+        lines += ["", *markdown_table([f"{model} as", *FORM_COLUMNS], cells)]
     millions = result["parameters"] / 1e6
     lines += ["", f"`{result['command']}`, {millions:.1f} million float32 parameters,"]
     lines += [f"{origin(result)}; times relative to the first."]
@@ -312,7 +399,7 @@ def speed_markdown(result: dict) -> str:
     for kind, cells in (("timed", _timed), ("counted", _counted)):
         for part, table in result[kind].items():
             lines += [f"**{part}**: {table['about']}", ""]
-            lines += [*_markdown_table(*cells(table["columns"])), ""]
+            lines += [*markdown_table(*cells(table["columns"])), ""]
     lines += [f"Left out: {why}\n" for why in result["left_out"].values()]
     by = f", by {_compiler(result)}" if "compiler" in result else ""
     return "\n".join([*lines, f"`{result['command']}`, {origin(result)}{by}."])
@@ -352,7 +439,7 @@ def limits_table(speeds: dict[str, dict]) -> list[str]:
         "what they take by their plans, and what they take. A plan keeps a limit where "
         "bytes and kernels do, and leaves it open where bytes alone do.",
         "",
-        *_markdown_table(head, rows),
+        *markdown_table(head, rows),
     ]
     if not timed:
         lines += ["", "No GPU has been timed yet: there is no file of one."]
@@ -386,6 +473,66 @@ def _timing(timing: dict | None) -> str:
     return f"{ratio} ({low} to {high}), {1000 * timing['seconds']:.3g} ms{rate}"
 
 
+def theory_markdown(result: dict) -> str:
+    """The errors of `benchmarks.theory`, closed and trained, and what they say."""
+    sigmas, known = result["settings"]["sigmas"], result["theory"]
+    methods = {
+        "none": "no regularization",
+        "weight_decay": "best weight decay",
+        "volumization": "best volumization",
+    }
+    lines = []
+    for noise, found in result["simulated"].items():
+        closed = noise == "uniform"
+        head = ["sigma", *methods.values(), "best V"]
+        cells = []
+        for i, sigma in enumerate(sigmas):
+            row = [f"{sigma:g}"]
+            for key in methods:
+                formula = f"{known[key][i]:.4f}: " if closed else ""
+                mean, std = (found[key][k][i] for k in ("mean", "std"))
+                row.append(f"{formula}{mean:.4g} ± {std:.2g}")
+            best = f"{known['best_volume'][i]:.3f}: " if closed else ""
+            cells.append([*row, f"{best}{found['volumization']['chosen'][i]:.3f}"])
+        kind = ": closed form, and then trained" if closed else ": trained"
+        lines += [f"**{noise.capitalize()} noise**{kind}", ""]
+        lines += [*markdown_table(head, cells), ""]
+    lines += [*(f"- {line}" for line in _theory_says(result)), ""]
+    return "\n".join([*lines, f"`{result['command']}`, {origin(result)}."])
+
+
+def _theory_says(result: dict) -> list[str]:
+    """Where closed forms and training part, and which method errs least."""
+    s, known, found = result["settings"], result["theory"], result["simulated"]
+    sigmas, a = np.array(s["sigmas"]), s["a"]
+    trained = found["uniform"]["volumization"]
+    mean = np.array(trained["mean"])
+    error = np.array(trained["std"]) / len(s["seeds"]) ** 0.5
+    off = np.abs(np.array(known["volumization"]) - mean).max() / mean.max()
+    parted = sigmas[np.abs(np.array(known["printed"]) - mean) > 2 * error]
+    decayed = sigmas[np.array(known["weight_decay"]) < known["volumization"]]
+    cauchy = {
+        m: np.array(v["mean"]) for m, v in found["cauchy"].items() if m != "boxes"
+    }
+    beaten = sigmas[cauchy["volumization"] < 0.99 * known["constant"][0]]
+    return [
+        f"The paper derives the least error of volumization, "
+        f"(1 - 27 sigma / 64 a) sigma^2 / 3, for sigma up to a = {a:g}. It is exact up "
+        f"to 4 a / 3 = {4 / 3 * a:.2f}, which is why the paper finds it right up to "
+        f"about 1.5. Beyond, it is too small: from sigma = {parted[0]:g} on, of those "
+        f"tried, it is more than two standard errors from what is trained.",
+        f"The closed form for all sigma, in `benchmarks/theory.py`, is never further "
+        f"than {100 * off:.1f} % of the largest error from what is trained.",
+        f"Under uniform noise the best weight decay errs less than the best "
+        f"volumization from sigma = {decayed[0]:g} on, of those tried; below, "
+        f"volumization does.",
+        f"Under Cauchy noise, what is trained without regularization has an error of "
+        f"{cauchy['none'].min():,.0f} and more, the best weight decay returns the zero "
+        f"model, whose error is {known['constant'][0]:.3f}, and volumization errs at "
+        f"least 1 % less than that up to sigma = {beaten[-1]:g}.",
+    ]
+
+
 def _counted(columns: dict) -> tuple[list[str], list[list[str]]]:
     """Each program a row, and what is counted by columns."""
     kept = [
@@ -405,9 +552,16 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def _markdown_table(head: list[str], cells: list[list[str]]) -> list[str]:
+def markdown_table(head: list[str], cells: list[list[str]]) -> list[str]:
+    """The lines of a table."""
     lines = [f"| {' | '.join(row)} |" for row in (head, *cells)]
     return [lines[0], "| --- " * len(head) + "|", *lines[1:]]
+
+
+def _measured(result: dict) -> list[str]:
+    """Which of `COLUMNS` some method has: not all comparisons attack."""
+    entries = result["results"].values()
+    return [m for m in COLUMNS if any(m in entry["metrics"] for entry in entries)]
 
 
 def _sensitivity(result: dict) -> dict[str, str]:
@@ -415,7 +569,8 @@ def _sensitivity(result: dict) -> dict[str, str]:
 
 
 def _heading(result: dict) -> str:
-    return f"{title(result)}, attacks within {result['settings']['epsilon']:.2g}"
+    attacked = f", attacks within {result['settings']['epsilon']:.2g}"
+    return title(result) + attacked * ("worst" in _measured(result))
 
 
 def _code(name: str) -> str:

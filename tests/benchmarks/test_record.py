@@ -177,6 +177,26 @@ def changed(**values):
     return json.dumps(json.loads(DIGITS.read_text()) | values)
 
 
+def tried(**trial):
+    results = json.loads(DIGITS.read_text())["results"]
+    results["l2"]["tuning"]["trials"] = [trial]
+    return changed(results=results)
+
+
+def test_what_is_not_attacked_and_not_complete_can_be_loaded(tmp_path):
+    result = json.loads(DIGITS.read_text())
+    for entry in result["results"].values():
+        for name in ("fgsm", "pgd", "worst"):
+            del entry["metrics"][name]
+        del entry["strength"], entry["gradients"]
+        for trial in entry["tuning"]["trials"]:
+            trial["tested"] = None
+    cell = {"role": "trial", "method": "l2", "seed": 0, "trial": 3}
+    result |= {"complete": False, "missing": 1, "cells": [cell, cell | {"trial": None}]}
+    record.save(result, tmp_path / "out.json")
+    assert record.load(tmp_path / "out.json") == result
+
+
 COST = json.loads((RESULTS / "cost-cpu.json").read_text())
 TIMES = {"about": "", "columns": {"a": {"b": {"ratio": "1"}}}}
 SPEED = {"command": "", "device": "", "left_out": {}, "counted": {}}
@@ -199,6 +219,18 @@ SPEED = {"command": "", "device": "", "left_out": {}, "counted": {}}
         (changed(results=[]), r"must have an object as results, but has \[\]"),
         (changed(complete="yes"), "must have true or false as complete"),
         (changed(relative_step_time={"l2": "1"}), "a number as relative_step_time.l2"),
+        (changed(missing="2"), "must have a whole number as missing"),
+        (changed(cells=[{"role": "final"}]), r"lacks the field cells\[0\].method"),
+        (
+            changed(cells=[{"role": "trial", "method": "l2", "seed": "0"}]),
+            r"must have a whole number as cells\[0\].seed",
+        ),
+        (tried(score=0.5), r"trials\[0\].hyperparameters"),
+        (
+            tried(hyperparameters={}, score="a"),
+            r"null as results.l2.tuning.trials\[0\]",
+        ),
+        (tried(hyperparameters={}, score=None, tested=[]), r"trials\[0\].tested"),
         (changed(format=2), "has format 2, but this version reads 1"),
         (changed(format=None), "has format None"),
         (json.dumps(COST | {"forms": None}), "must have an object as forms"),
