@@ -132,7 +132,7 @@ def _parts(options: argparse.Namespace) -> list[tuple[Any, pathlib.Path, dict]]:
     from benchmarks.settings import Settings
 
     chosen = EXPERIMENTS[options.name]
-    known = chosen.runs(options.scale)
+    known = chosen.parts_at(options.scale)
     parts = options.parts.split(",") if options.parts else list(known)
     if unknown := set(parts) - set(known):
         raise ValueError(

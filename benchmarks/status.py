@@ -49,7 +49,7 @@ def states(
     found = []
     for name in names:
         chosen = EXPERIMENTS[name]
-        for part in chosen.runs(scale):
+        for part in chosen.parts_at(scale):
             settings = Settings.of(**chosen.settings(part, scale) | how)
             words = [name, scale, part]
             words += [settings.dtype] * (settings.dtype != "float32")

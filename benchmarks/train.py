@@ -163,7 +163,11 @@ class Training:
         Statistics of batches are those of other weights, if these have been finished,
         and follow them over some batches to train on.
         """
-        folded, constants, x = self.fold(hyper, params), arrays.variables(), arrays.x_train
+        folded, constants, x = (
+            self.fold(hyper, params),
+            arrays.variables(),
+            arrays.x_train,
+        )
         if not self.finish:
             return {"params": folded, **stats, **constants}
         finished = self.finish(hyper, folded)

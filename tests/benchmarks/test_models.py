@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import jit as quick
-from shapes import count, flat, shapes_for, shapes_of
+from shapes import count, flat, shapes_of
 
 import weightreg as wr
 from benchmarks import models, networks
