@@ -130,7 +130,7 @@ def _mapped(settings, asked: str | None):
     """
     from benchmarks.models import MODELS
 
-    once = jax.default_backend() != "cpu" and MODELS[settings.model].dense
+    once = jax.default_backend() != "cpu" and MODELS[settings.model].together
     mapping = asked or ("vmap" if once else "devices")
     return dataclasses.replace(settings, mapping=mapping)
 
