@@ -48,7 +48,8 @@ class Model:
     together: bool = False
 
 
-IMAGENET: Any = {"window": 7, "pool": True, "last_norm": False}
+STEM: Any = {"window": 7, "pool": True}  # for ImageNet
+IMAGENET: Any = {**STEM, "last_norm": False}
 
 # The authors of WEISSI train mlp1024 and cnn128 on MNIST; cnn8 and cnn16 have fewer
 # filters.
@@ -203,6 +204,36 @@ MODELS: Mapping[str, Model] = {
     "densenet201_imagenet": Model(
         make=lambda classes: DenseNet(classes, strides=2, **IMAGENET),
         output="Dense_0/kernel",
+    ),
+    # With a normalization after the last layer too.
+    "resnet50_imagenet_norm": Model(
+        make=lambda classes: NormResNet(classes, (3, 4, 6, 3), 64, 2, True, **STEM),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "resnet101_imagenet_norm": Model(
+        make=lambda classes: NormResNet(classes, (3, 4, 23, 3), 64, 2, True, **STEM),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "resnext50_imagenet_norm": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 6, 3), 64, 2, True, groups=32, inner=2, **STEM
+        ),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "resnext101_imagenet_norm": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 23, 3), 64, 2, True, groups=32, inner=2, **STEM
+        ),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "densenet201_imagenet_norm": Model(
+        make=lambda classes: DenseNet(classes, strides=2, **STEM),
+        output="Dense_0/kernel",
+        normalized=True,
     ),
     "efficientnet_lite0": Model(
         make=lambda classes: EfficientNetLite0(classes),

@@ -49,7 +49,7 @@ HUMAN = Experiment(
             "examples": 5_000,
             "epochs": 12,
             "seeds": 5,
-            "trials": 30,
+            "trials": 24,
         },
         "full": {
             "model": "resnet18",

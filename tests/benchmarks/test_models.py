@@ -1,7 +1,6 @@
 """The models by name: their shapes, their entries, and how they are applied."""
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -68,8 +67,9 @@ def test_an_entry_is_true_of_its_network(name):
     have no biases. Shapes are all that is made, once for every network.
     """
     entry, model = models.MODELS[name], models.make(name, 1000)
-    words = name == "lstm_attention"
-    x = jax.ShapeDtypeStruct(*([(2, 12), int] if words else [(2, 12, 12, 3), float]))
+    images = jax.ShapeDtypeStruct((2, 12, 12, 3), jnp.float32)
+    texts = jax.ShapeDtypeStruct((2, 12), jnp.int32)
+    x = texts if name == "lstm_attention" else images
     logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
     assert logits.shape == (2, 1000)
     params = variables["params"]
