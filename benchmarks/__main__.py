@@ -36,6 +36,7 @@ SETTINGS = {
     "epochs": (int, None),
     "batch": (int, None),
     "examples": (int, "to train on, at most"),
+    "tested": (int, "test examples, at most"),
     "trials": (int, "of each method's tuning"),
     "tuning_seeds": (int, "that each trial is averaged over"),
     "tune_for": (str, "held-out accuracy, or that under fgsm"),

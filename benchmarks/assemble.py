@@ -12,7 +12,13 @@ from benchmarks.data import Dataset
 from benchmarks.environment import environment
 from benchmarks.measure import LOG10_EDGES, rounded
 from benchmarks.methods import METHODS, at_edge
-from benchmarks.settings import PLACES, Settings, split_of, trained_on
+from benchmarks.settings import (
+    PLACES,
+    Settings,
+    split_of,
+    test_examples,
+    trained_on,
+)
 from benchmarks.train import ADVERSARY_STEPS, PROBES
 
 OF_ALL = ("deployed",)  # fields that are measured of all networks together
@@ -78,7 +84,7 @@ def header(settings: Settings, data: Dataset) -> dict[str, Any]:
             "source": data.source,
             "train": len(trained_on(data, settings, tuning=False)),
             "validation": len(split_of(data, settings)[1]),
-            "test": len(data.y_test),
+            "test": len(test_examples(data, settings)),
             "sha256": data.digest(),
         },
         **environment(),

@@ -1,5 +1,6 @@
 """A comparison's data, populations and networks, made when they are first needed."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from benchmarks.data import Dataset
 from benchmarks.losses import LOSSES, Loss
 from benchmarks.methods import METHODS, Space
 from benchmarks.models import Variables
-from benchmarks.settings import Settings, split_of, trained_on
+from benchmarks.settings import Settings, split_of, test_examples, trained_on
 from benchmarks.train import Arrays, Labels, Population, initialize
 
 NOISE_STREAM = 1
@@ -33,6 +34,9 @@ class Part:
     """
 
     def __init__(self, settings: Settings, data: Dataset):
+        tested = test_examples(data, settings)
+        x_test, y_test = data.x_test[tested], data.y_test[tested]
+        data = dataclasses.replace(data, x_test=x_test, y_test=y_test)
         self.settings, self.data = settings, data
         model = settings.network(data.classes)
         loss = LOSSES[settings.loss](data.classes)

@@ -122,7 +122,7 @@ class Runner:
         mark: dict | None = None,
         clock: Clock | None = None,
     ):
-        self._settings, self._data, self._out, self._tick = settings, data, out, tick
+        self._settings, self._out, self._tick = settings, out, tick
         self._clock = clock or Clock()
         self._part = Part(settings, data)
         self._plan = Plan(settings, self._part.spaces())
@@ -303,7 +303,9 @@ class Runner:
         if run.method in settings.deploy:
             self._keep_network(network, run)
         source = self._part.source(self._out) if settings.attacked else None
-        attacked, more = measure.of_network(run, network, self._data, settings, source)
+        attacked, more = measure.of_network(
+            run, network, self._part.data, settings, source
+        )
         listed = {name: [rounded(v) for v in values] for name, values in curves.items()}
         return metrics | attacked, {"curves": listed, **more}
 
@@ -325,7 +327,7 @@ class Runner:
                 if run.method == name
             ]
             kept[name] = self._plan.chosen(name, self._cells), list(map(_load, files))
-        self._more["deployed"] = measure.deploy(kept, self._data, self._settings)
+        self._more["deployed"] = measure.deploy(kept, self._part.data, self._settings)
 
     def _save(self) -> dict:
         """Writes the comparison as far as it is, cells of other processes included."""

@@ -46,10 +46,16 @@ COUNTS = {
     "attack_steps": 1,
     "restarts": 2,
     "sensitivity": 0,
+    "tested": 1,
     "source_epochs": 1,
     "resize": 1,
 }
-UNLESS_NONE = ("examples", "source_epochs", "resize")  # counts that need not be given
+UNLESS_NONE = (
+    "examples",
+    "tested",
+    "source_epochs",
+    "resize",
+)  # counts that need not be given
 RADII = ("epsilon", "adversarial")  # of balls around inputs
 CHOICES = {
     "model": models.MODELS,
@@ -85,6 +91,7 @@ class Settings:
         are wrong at times; none beside theirs is then made wrong.
       labels_file: Where these are.
       whole: Whether final runs train on all examples. Tuning holds out a fifth.
+      tested: How many test examples accuracy is measured on, at most.
       epsilons: Further radii of the attacks.
       attacked: How many test examples are attacked; 0 for no attacks.
       source_epochs: Of the network that attacks are transferred from; None for as many
@@ -113,6 +120,7 @@ class Settings:
     tune_for: str = "accuracy"
     examples: int | None = None
     whole: bool = False
+    tested: int | None = None
     epsilon: float
     epsilons: tuple[float, ...] = ()
     attacked: int = 1000
@@ -368,3 +376,10 @@ def trained_on(data: Dataset, settings: Settings, tuning: bool) -> np.ndarray:
     if settings.whole and not tuning:
         train = np.concatenate([train, held_out])
     return train[: settings.examples]
+
+
+def test_examples(data: Dataset, settings: Settings) -> np.ndarray:
+    """Positions of the test examples, no more than asked for, of all classes."""
+    if settings.tested is None:
+        return np.arange(len(data.y_test))
+    return np.random.default_rng(0).permutation(len(data.y_test))[: settings.tested]

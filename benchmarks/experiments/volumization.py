@@ -81,6 +81,7 @@ TABLES = Experiment(
     resized={
         ("smoke", "imdb-noise40"): {
             "dataset": "imdb_short",
+            "tested": 5_000,
             "methods": ("none_adam", "l2_5e-3_adam"),
         },
         ("smoke", "noise80"): {
@@ -99,6 +100,7 @@ TABLES = Experiment(
         **{
             ("cpu", f"imdb-noise{n}"): {
                 "dataset": "imdb_short",
+                "tested": 5_000,
                 "examples": 5_000,
                 "epochs": 6,
                 "seeds": 2,
@@ -358,6 +360,7 @@ QUANTIZATION = Experiment(
         ("cpu", "distributions"): {"examples": None, "epochs": 20},
         ("cpu", "imdb"): {
             "dataset": "imdb_short",
+            "tested": 5_000,
             "examples": 5_000,
             "attacked": 0,
             "seeds": 2,
