@@ -94,6 +94,20 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Images as files in folders, for those who have them: see benchmarks/folders.py.
+
+    Attributes:
+      layout: How classes are told: ``"classes"``, each has a folder, or
+        ``"annotations"``, as in Tiny ImageNet.
+      streamed: Whether they are too many for arrays, and `load` refuses them.
+    """
+
+    layout: Literal["classes", "annotations"]
+    streamed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """What is known of a data set before it is loaded.
 
@@ -114,7 +128,7 @@ class DatasetInfo:
 
     title: str
     kind: Literal["images", "table", "text"]
-    source: Images | Texts | Callable[[], Dataset]
+    source: Images | Texts | Folder | Callable[[], Dataset]
     shape: tuple[int, ...]
     classes: int
     sizes: tuple[int, int]
@@ -194,6 +208,32 @@ DATASETS: Mapping[str, DatasetInfo] = {
         tuning_seeds=2,
         epsilon=0.0,
     ),
+    "imagenet": DatasetInfo(
+        title="ImageNet",
+        kind="images",
+        source=Folder(layout="classes", streamed=True),
+        shape=(224, 224, 3),
+        classes=1000,
+        sizes=(1_281_167, 50_000),
+        model="resnet50",
+        epochs=90,
+        batch=256,
+        tuning_seeds=1,
+        epsilon=4 / 255,
+    ),
+    "tiny_imagenet": DatasetInfo(
+        title="Tiny ImageNet",
+        kind="images",
+        source=Folder(layout="annotations", streamed=False),
+        shape=(64, 64, 3),
+        classes=200,
+        sizes=(100_000, 10_000),
+        model="resnet18",
+        epochs=20,
+        batch=128,
+        tuning_seeds=2,
+        epsilon=8 / 255,
+    ),
 }
 
 
@@ -202,9 +242,10 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
 
     Args:
       name: One of `DATASETS`. Digits come with scikit-learn.
-      data_dir: Folder with ``<name>/train.parquet`` and ``<name>/test.parquet``;
-        without it the Hugging Face hub is asked. Vectors of words may be there, too:
-        see ``benchmarks/text.py``.
+      data_dir: Folder with ``<name>/train.parquet`` and ``<name>/test.parquet``, or
+        with a folder of images, see ``benchmarks/folders.py``; without it the Hugging
+        Face hub is asked. Vectors of words may be there, too: see
+        ``benchmarks/glove.py``.
 
     Raises:
       ValueError: The name is unknown, what is read is not that data set, or it is read
@@ -218,6 +259,8 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
         return _images(name, info, info.source, data_dir)
     if isinstance(info.source, Texts):
         return _texts(name, info, info.source, data_dir)
+    if isinstance(info.source, Folder):
+        return _folder(name, info, info.source, data_dir)
     if data_dir is not None:
         raise ValueError(f"data_dir must not be given for {name}: it has no files.")
     return info.source()
@@ -265,6 +308,21 @@ def _texts(
         info.classes,
         constants={"vectors": text.table(numbers, vectors)},
     )
+
+
+def _folder(
+    name: str, info: DatasetInfo, source: Folder, data_dir: str | None
+) -> Dataset:
+    from benchmarks import folders
+
+    if source.streamed:
+        raise ValueError(
+            f"{name} is too large for arrays; read it a batch at a time, with "
+            "training_batches and evaluation_batches of benchmarks.folders."
+        )
+    train, test = folders.files(name, data_dir)
+    arrays = *folders.arrays(train, info.shape), *folders.arrays(test, info.shape)
+    return Dataset(name, f"files of {info.title}", *arrays, info.classes)
 
 
 def corrupt(
