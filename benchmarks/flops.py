@@ -64,7 +64,9 @@ def epoch_flops(settings: Settings, method: str) -> float:
 
 
 def epoch_seconds(settings: Settings, method: str, device_kind: str) -> float | None:
-    """How long such an epoch takes about, or None for a device of unknown rate.
+    """How long such an epoch takes at least, or None for a device of unknown rate.
+
+    Loops within a network, as over words, wait for each round and take longer.
 
     Args:
       settings: Of the comparison.
@@ -136,7 +138,8 @@ def _update_flops(network: _Network, name: str) -> float:
     """Operations of a method's own, such as Parseval's products."""
     method, output = METHODS[name], models.MODELS[network.model].output
     params = _traced(network)[1]["params"]
-    hyper = dict.fromkeys(["learning_rate", *method.space, *(method.fixed or {})], 1e-3)
+    hyper = {name: 1e-3 for name in ("learning_rate", *method.space)}
+    hyper |= method.fixed or {}
     if method.norm:
         params = jax.eval_shape(method.norm(hyper).init, params)
     optimizer = method.build(hyper, "momentum", output)
@@ -155,17 +158,22 @@ def _of_equation(equation: JaxprEqn) -> float:
 
 def _of_product(equation: JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    shape = equation.invars[0].aval.shape
+    shape = _array(equation.invars[0]).shape
     summed = math.prod(shape[axis] for axis in contracted)
-    return 2.0 * equation.outvars[0].aval.size * summed
+    return 2.0 * _array(equation.outvars[0]).size * summed
 
 
 def _of_convolution(equation: JaxprEqn) -> float:
-    params, kernel = equation.params, equation.invars[1].aval
+    params, kernel = equation.params, _array(equation.invars[1])
     units = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
     # The gradient of a strided convolution has zeros between its inputs.
     window = kernel.size / units / math.prod(params["lhs_dilation"])
-    return 2.0 * equation.outvars[0].aval.size * window
+    return 2.0 * _array(equation.outvars[0]).size * window
+
+
+def _array(variable: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what goes into an equation, or comes out of it."""
+    return variable.aval
 
 
 def _of_scan(equation: JaxprEqn) -> float:
