@@ -107,11 +107,15 @@ def experiment(options: argparse.Namespace, console: Console) -> int:
             for settings, out, mark in runs:
                 _fill(settings, out, mark, clock, console, first)
 
-    return _shown_in_the_end(fill, [out for _, out, _ in runs], console)
+    files = [out for _, out, _ in runs]
+    return _shown_in_the_end(fill, files, console, pictures=False)
 
 
 def _shown_in_the_end(
-    work: Callable[[], None], files: list[pathlib.Path], console: Console
+    work: Callable[[], None],
+    files: list[pathlib.Path],
+    console: Console,
+    pictures: bool = True,
 ) -> int:
     """Works, and shows what is finished of files even if that is interrupted."""
     status = 0
@@ -121,7 +125,7 @@ def _shown_in_the_end(
         status = 130
     if jax.process_index() == 0:
         for file in filter(pathlib.Path.is_file, files):
-            show(file, console)
+            show(file, console, pictures=pictures)
     return status
 
 
@@ -366,8 +370,13 @@ def pages(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def show(file: pathlib.Path, console: Console, out: pathlib.Path | None = None) -> None:
-    """Table, sentences and plots of a result file."""
+def show(
+    file: pathlib.Path,
+    console: Console,
+    out: pathlib.Path | None = None,
+    pictures: bool = True,
+) -> None:
+    """Table, sentences and, if asked for, plots of a result file."""
     from benchmarks import plots
     from benchmarks.report import (
         cost_markdown,
@@ -393,7 +402,7 @@ def show(file: pathlib.Path, console: Console, out: pathlib.Path | None = None) 
             if "deployed" in result:
                 console.print(deployed_table(result))
             say(where)
-            for path in plots.draw(result, out or file):
+            for path in plots.draw(result, out or file) if pictures else []:
                 say(f"wrote {path}")
     except (
         ValueError,

@@ -91,8 +91,7 @@ TABLES = Experiment(
             # With batch normalization, as ResNet-18 is, and no convolutions.
             ("cpu", f"cifar10-noise{n}"): {
                 "model": "mlp_norm",
-                "examples": 5_000,
-                "trials": 16,
+                "examples": 10_000,
             }
             for n in (40, 80)
         },
@@ -102,10 +101,8 @@ TABLES = Experiment(
                 "dataset": "imdb_short",
                 "tested": 5_000,
                 "examples": 5_000,
-                "epochs": 6,
-                "seeds": 2,
-                "trials": 4,
-                "methods": ("weight_decay", "volumization", "lq", "binary", "ternary"),
+                "epochs": 10,
+                "methods": ("none", *_TUNED),
             }
             for n in (20, 40)
         },

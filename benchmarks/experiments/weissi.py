@@ -51,7 +51,7 @@ TABLE1 = Experiment(
             "restarts": 2,
             "methods": ("weissi_paper",),
         },
-        "cpu": {"epochs": 10, "trials": 12, "source_epochs": 3},
+        "cpu": {"epochs": 10, "trials": 40, "source_epochs": 3},
         "full": {
             "epochs": 60,
             "trials": 40,
@@ -63,19 +63,9 @@ TABLE1 = Experiment(
     limited={"smoke": ("mlp-adversarial",)},
     resized={
         ("cpu", "mlp"): {"examples": 20_000},
-        ("cpu", "mlp-adversarial"): {"examples": 10_000, "epochs": 8, "trials": 8},
-        ("cpu", "cnn"): {
-            "model": "cnn8",
-            "examples": 10_000,
-            "epochs": 8,
-            "trials": 20,
-        },
-        ("cpu", "cnn-adversarial"): {
-            "model": "cnn8",
-            "examples": 5_000,
-            "epochs": 8,
-            "trials": 12,
-        },
+        ("cpu", "mlp-adversarial"): {"examples": 10_000, "epochs": 8},
+        ("cpu", "cnn"): {"model": "cnn8", "examples": 10_000, "epochs": 8},
+        ("cpu", "cnn-adversarial"): {"model": "cnn8", "examples": 5_000, "epochs": 8},
         ("full", "cnn"): {"trials": 12},
         ("full", "cnn-adversarial"): {"trials": 12},
     },
@@ -131,15 +121,15 @@ _SMOKE = {"epochs": 1, "examples": 100, "seeds": 1, "trials": 1, "attacked": 0}
 _CPU = {
     "examples": 4_000,
     "epochs": 6,
-    "trials": 8,
+    "seeds": 5,
+    "trials": 40,
     "attacked": 100,
     "restarts": 2,
     "source_epochs": 2,
 }
-# A step takes half a second: a few seeds at the paper's settings are all there is time
-# for, in twice as many steps as batches of 100 would give.
-_CPU_WRN = {**_CPU, "examples": 5_000, "epochs": 5, "seeds": 2, "batch": 50}
-_CPU_WRN_ADVERSARIAL = {**_CPU_WRN, "examples": 2_500}
+# In twice as many steps as batches of 100 would give.
+_CPU_WRN = {**_CPU, "examples": 5_000, "epochs": 5, "trials": 20, "batch": 50}
+_CPU_WRN_ADVERSARIAL = {**_CPU_WRN, "examples": 2_500, "seeds": 3, "trials": 10}
 _FULL = {
     "trials": 4,
     "attacked": 1000,
@@ -180,7 +170,7 @@ TABLE2 = Experiment(
         "full": {**_FULL, "epochs": 300},
     },
     limited={"smoke": ("standard",)},
-    resized={("cpu", "adversarial"): {"examples": 2_500, "trials": 5}},
+    resized={("cpu", "adversarial"): {"examples": 2_500, "trials": 20}},
     paper={
         "standard": _at_radii(
             {
