@@ -20,7 +20,7 @@ from benchmarks.losses import LOSSES, Loss
 from benchmarks.methods import METHODS, Space
 from benchmarks.models import Variables
 from benchmarks.settings import Settings, split_of, test_examples, trained_on
-from benchmarks.train import Arrays, Labels, Population, initialize
+from benchmarks.train import CONSTANTS, Arrays, Labels, Population, initialize
 
 NOISE_STREAM = 1
 
@@ -113,10 +113,9 @@ class Part:
 
     def _untrained(self) -> Variables:
         model = self.settings.network(self.data.classes)
-        return initialize(model, 0, self._first())[0]["params"]
-
-    def _first(self) -> jax.Array:
-        return jnp.asarray(self.data.x_train[:1])
+        first, constants = jnp.asarray(self.data.x_train[:1]), self._constants()
+        known = {CONSTANTS: constants} if constants else None
+        return initialize(model, 0, first, known)[0]["params"]
 
 
 def network_logits(

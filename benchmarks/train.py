@@ -238,9 +238,8 @@ class Population:
         self._labels = self._spread(labels)
         model = self._training.model
         first = jax.tree.map(np.asarray, self._first)
-        rows = [initialize(model, s, first) for s in seeds]
+        rows = [initialize(model, s, first, self._constants) for s in seeds]
         variables, keys = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-        variables = {k: v for k, v in variables.items() if k != CONSTANTS}
         return self._start(
             self._spread(variables), self._spread(keys), self._hyper, self._arrays
         )
@@ -391,11 +390,24 @@ class Population:
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods
 def initialize(
-    model: nn.Module, seed: int, x: jax.Array
+    model: nn.Module,
+    seed: int,
+    x: jax.Array,
+    constants: models.Variables | None = None,
 ) -> tuple[models.Variables, jax.Array]:
-    """A fresh network, and the data of the key that shuffles the examples."""
+    """A fresh network, and the data of the key that shuffles the examples.
+
+    The network is without the variables that are never trained; others may have sizes
+    that go by theirs.
+    """
     init_key, key = jax.random.split(jax.random.key(seed))
-    return model.init(init_key, x), jax.random.key_data(key)
+    if constants:
+        fresh = ["params", "batch_stats"]
+        rngs = {"params": init_key}
+        _, variables = model.apply(constants, x, rngs=rngs, mutable=fresh)
+    else:
+        variables = model.init(init_key, x)
+    return variables, jax.random.key_data(key)
 
 
 def example_loss(
@@ -475,7 +487,7 @@ def make_step(training: Training, hyper: Hyperparameters, x: jax.Array):
     """
     tx = training.optimizer(hyper)
     variables, _ = initialize(training.model, 0, x[:1])
-    stats = {k: v for k, v in variables.items() if k not in ("params", CONSTANTS)}
+    stats = {name: v for name, v in variables.items() if name != "params"}
     params = training.init(hyper, variables["params"])
     one = functools.partial(train_step, training, tx, hyper)
     return jax.jit(one, donate_argnums=(0, 1, 2)), params, stats, tx.init(params)
