@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: compare, experiment, cost, speed, report, pages."""
+"""``python -m benchmarks``: compare, experiment, status, merge, cost, speed, pages."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
@@ -27,6 +27,7 @@ from benchmarks.experiments import EXPERIMENTS
 from benchmarks.sizes import SIZES
 from benchmarks.targets import TARGETS
 
+SCALES = ("smoke", "cpu", "full")
 SIDE, ROUNDS = 1024, 200  # of what costs are measured on, by default
 # Of a comparison; what is not given is a default, which may depend on the data set.
 SETTINGS = {
@@ -35,17 +36,20 @@ SETTINGS = {
     "epochs": (int, None),
     "batch": (int, None),
     "examples": (int, "to train on, at most"),
+    "tested": (int, "test examples, at most"),
     "trials": (int, "of each method's tuning"),
     "tuning_seeds": (int, "that each trial is averaged over"),
     "tune_for": (str, "held-out accuracy, or that under fgsm"),
     "model": (str, "see benchmarks/models.py"),
     "optimizer": (str, "adam or momentum"),
-    "schedule": (str, "of the learning rate: constant, or steps, each to a tenth"),
+    "schedule": (str, "of the learning rate: constant, steps or thirds, to a tenth"),
     "epsilon": (float, "radius of the attacks, L-infinity"),
-    "attacked": (int, "test examples that are attacked, at most"),
+    "attacked": (int, "test examples that are attacked, at most; 0 for no attacks"),
     "attack_steps": (int, "of PGD"),
     "restarts": (int, "of PGD"),
     "sensitivity": (int, "training examples on which to measure GBR each epoch"),
+    "loss": (str, "cross_entropy, lq (generalized), or mmc (Max-Mahalanobis centres)"),
+    "source_epochs": (int, "of the network that attacks are transferred from"),
 }
 
 
@@ -69,45 +73,134 @@ def main(arguments: list[str] | None = None) -> int:
 def compare(options: argparse.Namespace, console: Console) -> int:
     """Compares methods on a data set."""
     given = {name: getattr(options, name) for name in SETTINGS}
-    for name in ("adversarial", "dtype", "data_dir"):
+    for name in ("adversarial", "dtype", "data_dir", "whole"):
         given[name] = getattr(options, name)
     for name in ("methods", "augment", "deploy"):
         named = getattr(options, name)
         given[name] = None if named is None else tuple(filter(None, named.split(",")))
-    _spread_over_cores()
+    given["epsilons"] = _radii(options.epsilons)
+    if options.labels is not None:
+        given["labels_file"], _, given["labels"] = options.labels.rpartition(":")
+        given["noise"] = given["noise"] or 0.0
+    _prepare(options)
     from benchmarks.settings import Settings
 
     settings = _mapped(Settings.of(options.dataset, **given), options.mapping)
     devices.announce()
-    return _compare(settings, options.out / f"{settings.name()}.json", {}, console)
+    out = options.out / f"{settings.name()}.json"
+    return _shown_in_the_end(
+        lambda: _fill(settings, out, {}, _clock(options), console), [out], console
+    )
 
 
 def experiment(options: argparse.Namespace, console: Console) -> int:
-    """Runs the comparisons of a table of a paper."""
-    _spread_over_cores()
+    """Runs the comparisons of a table of a paper, or goes on with them."""
+    _prepare(options)
+    runs = _parts(options)
+    devices.announce()
+    clock = _clock(options)
+    # One seed of every row of all parts comes before more, where time may be short.
+    passes = (False,) if options.minutes is None else (True, False)
+
+    def fill() -> None:
+        for first in passes:
+            for settings, out, mark in runs:
+                _fill(settings, out, mark, clock, console, first)
+
+    files = [out for _, out, _ in runs]
+    return _shown_in_the_end(fill, files, console, pictures=False)
+
+
+def _shown_in_the_end(
+    work: Callable[[], None],
+    files: list[pathlib.Path],
+    console: Console,
+    pictures: bool = True,
+) -> int:
+    """Works, and shows what is finished of files even if that is interrupted."""
+    status = 0
+    try:
+        work()
+    except KeyboardInterrupt:
+        status = 130
+    if jax.process_index() == 0:
+        for file in filter(pathlib.Path.is_file, files):
+            show(file, console, pictures=pictures)
+    return status
+
+
+def _parts(options: argparse.Namespace) -> list[tuple[Any, pathlib.Path, dict]]:
+    """Settings, file and mark of each part that is asked for.
+
+    None is refused after others took their time.
+    """
     from benchmarks.settings import Settings
 
     chosen = EXPERIMENTS[options.name]
-    parts = options.parts.split(",") if options.parts else list(chosen.parts)
-    if unknown := set(parts) - set(chosen.parts):
+    known = chosen.parts_at(options.scale)
+    parts = options.parts.split(",") if options.parts else list(known)
+    if unknown := set(parts) - set(known):
         raise ValueError(
-            f"parts must be among {', '.join(chosen.parts)}, not {', '.join(unknown)}."
+            f"parts must be among {', '.join(known)}, not {', '.join(unknown)}."
         )
-    how = {"data_dir": options.data_dir, "dtype": options.dtype}
+    how = {"data_dir": options.data_dir, "labels_file": options.labels}
+    how["dtype"] = options.dtype
     runs = []
     for part in parts:
-        settings = Settings.of(**chosen.settings(part, options.scale), **how)
+        settings = Settings.of(**chosen.settings(part, options.scale) | how)
         settings = _mapped(settings, options.mapping)
         words = [options.name, options.scale, part]
         words += [settings.dtype] * (settings.dtype != "float32")
         out = options.out / f"{'-'.join(words)}.json"
-        record.refuse_another(dataclasses.asdict(settings), out)
+        record.refuse_another(_shown(settings), out)
         mark = {"name": options.name, "part": part, "scale": options.scale}
         runs.append((settings, out, {"experiment": mark}))
-    devices.announce()
-    for settings, out, mark in runs:  # none is refused after others took their time
-        if status := _compare(settings, out, mark, console):
-            return status
+    return runs
+
+
+def _shown(settings) -> dict[str, Any]:
+    """What a file says of settings."""
+    from benchmarks.settings import PLACES
+
+    kept = dataclasses.asdict(settings)
+    return {name: value for name, value in kept.items() if name not in PLACES}
+
+
+def _radii(text: str | None) -> tuple[float, ...] | None:
+    return None if text is None else tuple(map(float, filter(None, text.split(","))))
+
+
+def _clock(options: argparse.Namespace):
+    from benchmarks.runner import Clock
+
+    return Clock(options.minutes, options.checkpoint_seconds)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    """Makes each core a device, or this process one of several that run together."""
+    _spread_over_cores()
+    if options.coordinator:
+        jax.distributed.initialize(
+            options.coordinator, options.processes, options.process
+        )
+
+
+def merge(options: argparse.Namespace, console: Console) -> int:
+    """Puts together what several machines have made of the same comparisons."""
+    from benchmarks.merge import merge
+
+    by_name: dict[str, list[pathlib.Path]] = {}
+    for file in options.results:
+        by_name.setdefault(file.name, []).append(file)
+    for name, files in by_name.items():
+        result = merge(files)
+        record.save(result, options.out / name)
+        done = len(result["cells"])
+        console.print(
+            f"{options.out / name}: {done} cells, {result['missing']} missing",
+            highlight=False,
+            soft_wrap=True,
+        )
     return 0
 
 
@@ -130,25 +223,24 @@ def _mapped(settings, asked: str | None):
     """
     from benchmarks.models import MODELS
 
-    once = jax.default_backend() != "cpu" and MODELS[settings.model].dense
+    once = jax.default_backend() != "cpu" and MODELS[settings.model].together
     mapping = asked or ("vmap" if once else "devices")
     return dataclasses.replace(settings, mapping=mapping)
 
 
-def _compare(settings, out: pathlib.Path, mark: dict, console: Console) -> int:
-    """Runs a comparison with a progress bar, and shows what is finished of it."""
-    from benchmarks.compare import run
+def _fill(
+    settings,
+    out: pathlib.Path,
+    mark: dict,
+    clock,
+    console: Console,
+    first: bool = False,
+) -> None:
+    """Runs what is missing of a comparison, with a progress bar."""
+    from benchmarks.runner import run
 
-    partial, status = record.partial(out), 0
     with _progress(settings.ticks(), console) as tick:
-        try:
-            run(settings, out, tick, mark, partial)
-        except KeyboardInterrupt:
-            status = 130
-    finished = partial if status else out
-    if finished.is_file():
-        show(finished, console)
-    return status
+        run(settings, out, tick, mark, clock, first)
 
 
 @contextlib.contextmanager
@@ -168,11 +260,18 @@ def _progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
 def report(options: argparse.Namespace, console: Console) -> int:
     """Prints the table of a result and draws its plots again."""
     file = options.result
-    if not file.exists() and (left := record.partials(file)):
-        raise FileNotFoundError(
-            f"there is no {file}, only what a run has finished of it: {left[0]}."
-        )
     show(file, console, options.out / file.name if options.out else file)
+    return 0
+
+
+def status(options: argparse.Namespace, console: Console) -> int:
+    """Says what is missing of the papers' tables, and how long it would take here."""
+    _spread_over_cores()
+    from benchmarks.status import states, table
+
+    names = [options.name] if options.name else list(EXPERIMENTS)
+    found = states(names, options.scale, options.out, dtype=options.dtype)
+    console.print(table(found))
     return 0
 
 
@@ -271,8 +370,13 @@ def pages(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def show(file: pathlib.Path, console: Console, out: pathlib.Path | None = None) -> None:
-    """Table, sentences and plots of a result file."""
+def show(
+    file: pathlib.Path,
+    console: Console,
+    out: pathlib.Path | None = None,
+    pictures: bool = True,
+) -> None:
+    """Table, sentences and, if asked for, plots of a result file."""
     from benchmarks import plots
     from benchmarks.report import (
         cost_markdown,
@@ -298,7 +402,7 @@ def show(file: pathlib.Path, console: Console, out: pathlib.Path | None = None) 
             if "deployed" in result:
                 console.print(deployed_table(result))
             say(where)
-            for path in plots.draw(result, out or file):
+            for path in plots.draw(result, out or file) if pictures else []:
                 say(f"wrote {path}")
     except (
         ValueError,
@@ -311,13 +415,6 @@ def show(file: pathlib.Path, console: Console, out: pathlib.Path | None = None) 
             f"{file} must be as `python -m benchmarks` writes it, but has a value that "
             f"cannot be shown ({type(error).__name__}: {error})."
         ) from error
-    lines = []
-    if (complete := record.complete_of(file)) != file and complete.is_file():
-        lines.append(f"{complete}, which is complete, stands as it was.")
-    for left in record.partials(file):
-        lines.append(f"{left} is of another run, interrupted or still going on.")
-    for line in lines:
-        say(line)
 
 
 def _cores() -> int:
@@ -370,6 +467,15 @@ def _parser() -> argparse.ArgumentParser:
         help="train on examples that PGD has moved by at most this (0.01)",
     )
     add.add_argument("--methods", help="separated by commas; see benchmarks/methods.py")
+    add.add_argument("--epsilons", help="further radii, separated by commas")
+    add.add_argument(
+        "--whole", action="store_true", help="train final runs on all examples"
+    )
+    add.add_argument(
+        "--labels",
+        metavar="FILE:NAME",
+        help="labels that people gave, in an .npz with clean_label and NAME",
+    )
     add.add_argument(
         "--augment", help="separated by commas: flip_crop,cutout,mixup,cutmix,smooth"
     )
@@ -383,10 +489,29 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("experiment", help="repeat a table of a paper")
     add.add_argument("name", choices=tuple(EXPERIMENTS))
-    add.add_argument("--scale", choices=("cpu", "full"), default="cpu")
+    add.add_argument("--scale", choices=SCALES, default="cpu")
     add.add_argument("--parts", help="separated by commas; default: all")
+    add.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="an .npz with clean_label and labels that people gave, for parts on these",
+    )
     _add_common(add)
     add.set_defaults(command=experiment)
+
+    add = commands.add_parser("status", help="say what is missing of papers' tables")
+    add.add_argument("name", nargs="?", choices=tuple(EXPERIMENTS))
+    add.add_argument("--scale", choices=SCALES, default="cpu")
+    _add_dtype(add)
+    _add_out(add)
+    add.set_defaults(command=status)
+
+    add = commands.add_parser(
+        "merge", help="put together what several machines have made"
+    )
+    add.add_argument("results", type=pathlib.Path, nargs="+")
+    _add_out(add)
+    add.set_defaults(command=merge)
 
     add = commands.add_parser("cost", help="measure what an optimizer's step costs")
     add.add_argument(
@@ -441,13 +566,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="what layers compute in (float32); parameters, the optimizer's state, "
         "statistics of batches and losses are float32",
     )
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_dtype(parser)
     parser.add_argument(
         "--mapping",
         choices=("devices", "vmap"),
@@ -457,6 +586,25 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", help="folder with NAME/train.parquet and test.parquet"
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="stop in time at a checkpoint; the same command goes on from there",
+    )
+    parser.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=0.0,
+        help="between checkpoints at least; default: one after every epoch",
+    )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of several processes, each with the same command and a --process of its "
+        "own, whose devices share the runs; --out must be a folder that all see",
+    )
+    parser.add_argument("--processes", type=_count, help="how many they are")
+    parser.add_argument("--process", type=int, help="which one this is, from 0")
     _add_out(parser)
 
 

@@ -86,6 +86,8 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "smooth": smooth,
 }
 
+MIXING = ("mixup", "cutmix", "smooth")  # after which labels are no longer whole
+
 
 def augment(
     names: tuple[str, ...], key: jax.Array, x: jax.Array, y: jax.Array

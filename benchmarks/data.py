@@ -3,12 +3,16 @@
 To add a data set, add an entry to `DATASETS`.
 """
 
+import collections
 import dataclasses
 import hashlib
-import pathlib
+import itertools
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
+
+PADDING = 0  # the number that is no word, after the last one of a short text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +22,14 @@ class Dataset:
     Attributes:
       name: What it is called on the command line.
       source: Where it came from, for the record.
-      x_train: Inputs in [0, 1], of shape (examples, ...), float32.
+      x_train: Inputs, of shape (examples, ...): images and tables in [0, 1], float32,
+        or texts as numbers of words, int32.
       y_train: Labels, of shape (examples,), int32.
       x_test: Likewise.
       y_test: Likewise.
       classes: Number of classes.
+      constants: What networks need beside inputs and never train, by its name in the
+        variable collection ``"constants"``: vectors of words.
     """
 
     name: str
@@ -32,11 +39,13 @@ class Dataset:
     x_test: np.ndarray
     y_test: np.ndarray
     classes: int
+    constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def digest(self) -> str:
         """What tells these examples from all others, in the order in which they are."""
         sha256 = hashlib.sha256()
-        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+        constants = [array for _, array in sorted(self.constants.items())]
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test, *constants):
             sha256.update(repr((array.shape, array.dtype.str)).encode())
             sha256.update(np.ascontiguousarray(array).data)
         return sha256.hexdigest()
@@ -55,16 +64,47 @@ def digits() -> Dataset:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hub:
-    """Where images are on the Hugging Face hub, or in Parquet files like its own.
+class Images:
+    """Images on the Hugging Face hub, or in Parquet files like its own.
 
     Attributes:
-      name: What the hub calls the data set.
-      image: The column of images. That of labels is ``"label"``.
+      hub: What the hub calls the data set.
+      column: That of images. That of labels is ``"label"``.
     """
 
-    name: str
-    image: str
+    hub: str
+    column: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Texts on the Hugging Face hub, or in Parquet files like its own.
+
+    Attributes:
+      hub: What the hub calls the data set.
+      folder: What its folder in the data folder is called.
+      column: That of texts. That of labels is ``"label"``.
+      vocabulary: How many different words are told apart at most.
+    """
+
+    hub: str
+    folder: str
+    column: str
+    vocabulary: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Images as files in folders, for those who have them: see benchmarks/folders.py.
+
+    Attributes:
+      layout: How classes are told: ``"classes"``, each has a folder, or
+        ``"annotations"``, as in Tiny ImageNet.
+      streamed: Whether they are too many for arrays, and `load` refuses them.
+    """
+
+    layout: Literal["classes", "annotations"]
+    streamed: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,34 +113,43 @@ class DatasetInfo:
 
     Attributes:
       title: Name in tables and plots.
-      source: Where images are, or a function that loads what is on this machine.
-      shape: Of an example.
+      kind: What inputs are: ``"images"``, ``"table"`` or ``"text"``.
+      source: Where examples are, or a function that loads what is on this machine.
+      shape: Of an example; of a text, how many of its words are kept.
       classes: Number of classes.
+      sizes: How many examples there are for training and for testing.
       model: The name of the network in ``benchmarks/models.py``, if none is given, as
         for all that follow.
       epochs: Of training.
       batch: Examples a step.
       tuning_seeds: Draws of the noise to tune on: held-out labels are noisy too.
-      epsilon: Radius of the attacks, L-infinity.
+      epsilon: Radius of the attacks, L-infinity; 0 where there is nothing to attack.
     """
 
     title: str
-    source: Hub | Callable[[], Dataset]
+    kind: Literal["images", "table", "text"]
+    source: Images | Texts | Folder | Callable[[], Dataset]
     shape: tuple[int, ...]
     classes: int
+    sizes: tuple[int, int]
     model: str
     epochs: int
     batch: int
     tuning_seeds: int
     epsilon: float
+    kind: str = "images"
 
+
+IMDB = Texts(hub="stanfordnlp/imdb", folder="imdb", column="text", vocabulary=20_000)
 
 DATASETS: Mapping[str, DatasetInfo] = {
     "digits": DatasetInfo(
         title="Digits",
+        kind="table",
         source=digits,
         shape=(64,),
         classes=10,
+        sizes=(1347, 450),
         model="mlp",
         epochs=80,
         batch=32,  # since digits are few
@@ -109,9 +158,11 @@ DATASETS: Mapping[str, DatasetInfo] = {
     ),
     "mnist": DatasetInfo(
         title="MNIST",
-        source=Hub(name="ylecun/mnist", image="image"),
+        kind="images",
+        source=Images(hub="ylecun/mnist", column="image"),
         shape=(28, 28),
         classes=10,
+        sizes=(60_000, 10_000),
         model="mlp",
         epochs=20,
         batch=128,
@@ -120,14 +171,69 @@ DATASETS: Mapping[str, DatasetInfo] = {
     ),
     "cifar10": DatasetInfo(
         title="CIFAR-10",
-        source=Hub(name="uoft-cs/cifar10", image="img"),
+        kind="images",
+        source=Images(hub="uoft-cs/cifar10", column="img"),
         shape=(32, 32, 3),
         classes=10,
+        sizes=(50_000, 10_000),
         model="cnn",
         epochs=20,
         batch=128,
         tuning_seeds=2,
         epsilon=8 / 255,  # the usual one
+    ),
+    "imdb": DatasetInfo(
+        title="IMDB",
+        kind="text",
+        source=IMDB,
+        shape=(200,),
+        classes=2,
+        sizes=(25_000, 25_000),
+        model="lstm_attention",
+        epochs=20,
+        batch=128,
+        tuning_seeds=2,
+        epsilon=0.0,
+    ),
+    # The same with half of the words, which a CPU takes half of the time for.
+    "imdb_short": DatasetInfo(
+        title="IMDB, 100 words",
+        kind="text",
+        source=IMDB,
+        shape=(100,),
+        classes=2,
+        sizes=(25_000, 25_000),
+        model="lstm_attention",
+        epochs=20,
+        batch=128,
+        tuning_seeds=2,
+        epsilon=0.0,
+    ),
+    "imagenet": DatasetInfo(
+        title="ImageNet",
+        kind="images",
+        source=Folder(layout="classes", streamed=True),
+        shape=(224, 224, 3),
+        classes=1000,
+        sizes=(1_281_167, 50_000),
+        model="resnet50",
+        epochs=90,
+        batch=256,
+        tuning_seeds=1,
+        epsilon=4 / 255,
+    ),
+    "tiny_imagenet": DatasetInfo(
+        title="Tiny ImageNet",
+        kind="images",
+        source=Folder(layout="annotations", streamed=False),
+        shape=(64, 64, 3),
+        classes=200,
+        sizes=(100_000, 10_000),
+        model="resnet18",
+        epochs=20,
+        batch=128,
+        tuning_seeds=2,
+        epsilon=8 / 255,
     ),
 }
 
@@ -137,8 +243,10 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
 
     Args:
       name: One of `DATASETS`. Digits come with scikit-learn.
-      data_dir: Folder with ``<name>/train.parquet`` and ``<name>/test.parquet``;
-        without it the Hugging Face hub is asked.
+      data_dir: Folder with ``<name>/train.parquet`` and ``<name>/test.parquet``, or
+        with a folder of images, see ``benchmarks/folders.py``; without it the Hugging
+        Face hub is asked. Vectors of words may be there, too: see
+        ``benchmarks/glove.py``.
 
     Raises:
       ValueError: The name is unknown, what is read is not that data set, or it is read
@@ -148,26 +256,74 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {name!r}.")
     info = DATASETS[name]
-    if not isinstance(info.source, Hub):
-        if data_dir is not None:
-            raise ValueError(f"data_dir must not be given for {name}: it has no files.")
-        return info.source()
-    from benchmarks import images  # slow to import, and not needed for the default
+    if isinstance(info.source, Images):
+        return _images(name, info, info.source, data_dir)
+    if isinstance(info.source, Texts):
+        return _texts(name, info, info.source, data_dir)
+    if isinstance(info.source, Folder):
+        return _folder(name, info, info.source, data_dir)
+    if data_dir is not None:
+        raise ValueError(f"data_dir must not be given for {name}: it has no files.")
+    return info.source()
 
-    hub, column = info.source.name, info.source.image
-    if data_dir is None:
-        tables, source = images.from_hub(hub, name), f"Hugging Face hub, {hub}"
-    else:
-        folder = pathlib.Path(data_dir) / name
-        tables, source = images.from_files(hub, folder), f"Parquet files of {hub}"
+
+def _images(
+    name: str, info: DatasetInfo, source: Images, data_dir: str | None
+) -> Dataset:
+    from benchmarks import hub, images  # slow to import, and digits need them not
+
+    tables, origin = hub.tables(source.hub, name, data_dir)
     train, test = (
-        images.examples(table, where, column, info.shape, info.classes)
+        images.examples(table, where, source.column, info.shape, info.classes)
         for where, table in tables.items()
     )
     if "JPEG" in train.formats | test.formats:
-        source += ", encoded as JPEG"  # which costs detail: no figure may hide it
+        origin += ", encoded as JPEG"  # which costs detail: no figure may hide it
     arrays = train.images, train.labels, test.images, test.labels
-    return Dataset(name, source, *arrays, info.classes)
+    return Dataset(name, origin, *arrays, info.classes)
+
+
+def _texts(
+    name: str, info: DatasetInfo, source: Texts, data_dir: str | None
+) -> Dataset:
+    from benchmarks import glove, hub, text
+
+    tables, origin = hub.tables(source.hub, source.folder, data_dir)
+    (train, y_train), (test, y_test) = (
+        text.examples(table, where, source.column, info.classes)
+        for where, table in tables.items()
+    )
+    parted = [text.words(t) for t in train]
+    counts = collections.Counter(itertools.chain.from_iterable(parted))
+    vectors, maker = glove.load(counts, data_dir)
+    numbers = text.vocabulary(counts, vectors, source.vocabulary)
+    x_train = text.numbered(parted, numbers, *info.shape)
+    x_test = text.numbered(map(text.words, test), numbers, *info.shape)
+    return Dataset(
+        name,
+        f"{origin}, {maker}",
+        x_train,
+        y_train,
+        x_test,
+        y_test,
+        info.classes,
+        constants={"vectors": text.table(numbers, vectors)},
+    )
+
+
+def _folder(
+    name: str, info: DatasetInfo, source: Folder, data_dir: str | None
+) -> Dataset:
+    from benchmarks import folders
+
+    if source.streamed:
+        raise ValueError(
+            f"{name} is too large for arrays; read it a batch at a time, with "
+            "training_batches and evaluation_batches of benchmarks.folders."
+        )
+    train, test = folders.files(name, data_dir)
+    arrays = *folders.arrays(train, info.shape), *folders.arrays(test, info.shape)
+    return Dataset(name, f"files of {info.title}", *arrays, info.classes)
 
 
 def corrupt(

@@ -1,20 +1,17 @@
-"""Labelled images as arrays, from the Hugging Face hub or Parquet files like its own.
+"""Labelled images as arrays, from tables like those of the Hugging Face hub.
 
-Every row is checked, since a wrong label or image would pass for a hard example.
+Every row is checked, since a wrong image would pass for a hard example.
 """
 
 import io
-import pathlib
 import reprlib
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import PIL.Image
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-SPLITS = ("train", "test")
+from benchmarks import hub
 
 
 class Examples(NamedTuple):
@@ -29,60 +26,6 @@ class Examples(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     formats: set[str]
-
-
-def from_hub(hub: str, name: str) -> dict[str, pa.Table]:
-    """The table of each split, by what errors call it.
-
-    Args:
-      hub: The data set's name on the hub.
-      name: Its name here.
-
-    Raises:
-      FileNotFoundError: The hub is not to be reached.
-    """
-    try:
-        sets = datasets.load_dataset(hub)
-        tables = [sets[split].with_format("arrow")[:] for split in SPLITS]
-    except Exception as error:  # the hub's errors have no common class
-        raise FileNotFoundError(
-            f"{hub} could not be loaded from the Hugging Face hub "
-            f"({type(error).__name__}). Without a network, put train.parquet and "
-            f"test.parquet of it into DIR/{name} and pass --data-dir DIR."
-        ) from error
-    names = [f"{hub} on the Hugging Face hub, split {split}" for split in SPLITS]
-    return dict(zip(names, tables, strict=True))
-
-
-def from_files(hub: str, folder: pathlib.Path) -> dict[str, pa.Table]:
-    """The table of each split's file, by the file's name.
-
-    Args:
-      hub: The name on the hub of the data set that the files are of.
-      folder: Where they are.
-
-    Raises:
-      ValueError: A file is no Parquet.
-      FileNotFoundError: A file is not there.
-    """
-    files = [folder / f"{split}.parquet" for split in SPLITS]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"--data-dir has no {' and no '.join(missing)}; expected the Parquet "
-            f"files of {hub} there."
-        )
-    return {str(path): _parquet(path, hub) for path in files}
-
-
-def _parquet(path: pathlib.Path, hub: str) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.read()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path} cannot be read as Parquet ({reason}); expected that of {hub}."
-        ) from error
 
 
 def examples(
@@ -101,32 +44,10 @@ def examples(
       ValueError: There are no rows, a column is missing, or a row is not an image of
         that shape with 8 bits a channel and a label of that many classes.
     """
-    for name in (image, "label"):
-        if table.column_names.count(name) != 1:
-            raise ValueError(
-                f"{where}: expected one column {name!r}, but the columns are "
-                f"{', '.join(table.column_names) or 'none'}."
-            )
-    if not table.num_rows:
-        raise ValueError(f"{where}: expected at least one row, but there is none.")
-    labels = _labels(table["label"], classes, where)
-    images, formats = _images(table[image], image, shape, where)
+    column, labels = hub.columns(table, where, image, classes)
+    images, formats = _images(column, image, shape, where)
     scaled = (images / np.float32(255)).astype(np.float32)
     return Examples(scaled, labels, formats)
-
-
-def _labels(column: pa.ChunkedArray, classes: int, where: str) -> np.ndarray:
-    expected = f"expected an integer from 0 to {classes - 1}"
-    labels = column.to_pylist()
-    if not pa.types.is_integer(column.type):
-        raise ValueError(
-            f"{where}, row 0: label is {reprlib.repr(labels[0])}, since the column is "
-            f"of type {column.type}; {expected}."
-        )
-    for row, label in enumerate(labels):
-        if label is None or not 0 <= label < classes:
-            raise ValueError(f"{where}, row {row}: label is {label}; {expected}.")
-    return np.array(labels, np.int32)
 
 
 def _images(

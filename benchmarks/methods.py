@@ -85,6 +85,8 @@ class Method:
     normed: bool = True
     levels: str | None = None
     on_the_way: bool = True
+    like: str | None = None
+    loss: str | None = None
 
     def build(
         self,
@@ -136,7 +138,8 @@ class Method:
         """The space for an untrained network, learning rate included."""
         space = {"learning_rate": BASES[base].learning_rate, **self.space}
         if self.log_size:
-            log_size = float(self.log_size(params))
+            # Rounded, so that all machines search the same space.
+            log_size = round(float(self.log_size(params)), 1)
             if log_size > 700:
                 raise ValueError(
                     f"The energy of this network is e^{log_size:.0f}, out of the range "

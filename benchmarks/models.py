@@ -12,7 +12,18 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from benchmarks.networks import CNN, MLP, NormMLP, NormResNet, ResNet, UnstridedCNN
+from benchmarks.attention import LSTMAttention
+from benchmarks.networks import (
+    CNN,
+    MLP,
+    VGG,
+    DenseNet,
+    EfficientNetLite0,
+    NormMLP,
+    NormResNet,
+    ResNet,
+    UnstridedCNN,
+)
 
 # Parameters, and the statistics of batches in networks that have them.
 Variables = Mapping[str, Any]
@@ -27,14 +38,18 @@ class Model:
       output: Path of the output layer's kernel in the parameters. Neither the order of
         names nor that of layers tells which one it is.
       normalized: Whether a normalization follows every layer, as equivalent norms need.
-      dense: Whether all layers are dense, so that many networks at once are a batch.
+      together: Whether an accelerator trains many networks at once much faster than
+        one after the other, as it does where all layers are dense: these are a batch.
     """
 
     make: Callable[[int], nn.Module]
     output: str
     normalized: bool = False
-    dense: bool = False
+    together: bool = False
 
+
+STEM: Any = {"window": 7, "pool": True}  # for ImageNet
+IMAGENET: Any = {**STEM, "last_norm": False}
 
 # The authors of WEISSI train mlp1024 and cnn128 on MNIST; cnn8 and cnn16 have fewer
 # filters.
@@ -43,12 +58,12 @@ MODELS: Mapping[str, Model] = {
     "mlp": Model(
         make=lambda classes: MLP((256,), classes),
         output="Dense_1/kernel",
-        dense=True,
+        together=True,
     ),
     "mlp1024": Model(
         make=lambda classes: MLP((1024, 1024), classes),
         output="Dense_2/kernel",
-        dense=True,
+        together=True,
     ),
     "cnn": Model(
         make=lambda classes: CNN(classes),
@@ -78,22 +93,156 @@ MODELS: Mapping[str, Model] = {
         make=lambda classes: NormMLP((256,), classes),
         output="Dense_1/kernel",
         normalized=True,
-        dense=True,
+        together=True,
     ),
     "resnet_norm": Model(
         make=lambda classes: NormResNet(classes),
         output="Dense_0/kernel",
         normalized=True,
     ),
+    "wrn28_10": Model(
+        make=lambda classes: ResNet(classes, blocks=4, width=10),
+        output="Dense_0/kernel",
+    ),
+    "wrn28_10_convex": Model(
+        make=lambda classes: ResNet(classes, blocks=4, width=10, convex=True),
+        output="Dense_0/kernel",
+    ),
+    "vgg16": Model(
+        make=lambda classes: VGG(classes),
+        output="Dense_1/kernel",
+    ),
+    "vgg_small": Model(
+        make=lambda classes: VGG(classes, (1, 1, 1, 1, 1), 8),
+        output="Dense_1/kernel",
+    ),
+    # Without a normalization after the last layer, as usual, and with one.
     "resnet18": Model(
+        make=lambda classes: NormResNet(classes, (2, 2, 2, 2), 64, 1, last_norm=False),
+        output="Dense_0/kernel",
+    ),
+    "resnet18_norm": Model(
         make=lambda classes: NormResNet(classes, (2, 2, 2, 2), 64, 1),
         output="Dense_0/kernel",
         normalized=True,
     ),
+    # For images of 32 by 32, with a normalization after the last layer, and as they
+    # are for ImageNet.
     "resnet50": Model(
         make=lambda classes: NormResNet(classes, (3, 4, 6, 3), 64, 1, True),
         output="Dense_0/kernel",
         normalized=True,
+    ),
+    "resnet101": Model(
+        make=lambda classes: NormResNet(classes, (3, 4, 23, 3), 64, 1, True),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "resnext50": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 6, 3), 64, 1, True, groups=32, inner=2
+        ),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "resnext101": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 23, 3), 64, 1, True, groups=32, inner=2
+        ),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "se_resnet50": Model(
+        make=lambda classes: NormResNet(classes, (3, 4, 6, 3), 64, 1, True, squeeze=16),
+        output="Dense_0/kernel",
+    ),
+    "se_resnet101": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 23, 3), 64, 1, True, squeeze=16
+        ),
+        output="Dense_0/kernel",
+    ),
+    "densenet201": Model(
+        make=lambda classes: DenseNet(classes),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "resnet50_imagenet": Model(
+        make=lambda classes: NormResNet(classes, (3, 4, 6, 3), 64, 2, True, **IMAGENET),
+        output="Dense_0/kernel",
+    ),
+    "resnet101_imagenet": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 23, 3), 64, 2, True, **IMAGENET
+        ),
+        output="Dense_0/kernel",
+    ),
+    "resnext50_imagenet": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 6, 3), 64, 2, True, groups=32, inner=2, **IMAGENET
+        ),
+        output="Dense_0/kernel",
+    ),
+    "resnext101_imagenet": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 23, 3), 64, 2, True, groups=32, inner=2, **IMAGENET
+        ),
+        output="Dense_0/kernel",
+    ),
+    "se_resnet50_imagenet": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 6, 3), 64, 2, True, squeeze=16, **IMAGENET
+        ),
+        output="Dense_0/kernel",
+    ),
+    "se_resnet101_imagenet": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 23, 3), 64, 2, True, squeeze=16, **IMAGENET
+        ),
+        output="Dense_0/kernel",
+    ),
+    "densenet201_imagenet": Model(
+        make=lambda classes: DenseNet(classes, strides=2, **IMAGENET),
+        output="Dense_0/kernel",
+    ),
+    # With a normalization after the last layer too.
+    "resnet50_imagenet_norm": Model(
+        make=lambda classes: NormResNet(classes, (3, 4, 6, 3), 64, 2, True, **STEM),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "resnet101_imagenet_norm": Model(
+        make=lambda classes: NormResNet(classes, (3, 4, 23, 3), 64, 2, True, **STEM),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "resnext50_imagenet_norm": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 6, 3), 64, 2, True, groups=32, inner=2, **STEM
+        ),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "resnext101_imagenet_norm": Model(
+        make=lambda classes: NormResNet(
+            classes, (3, 4, 23, 3), 64, 2, True, groups=32, inner=2, **STEM
+        ),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "densenet201_imagenet_norm": Model(
+        make=lambda classes: DenseNet(classes, strides=2, **STEM),
+        output="Dense_0/kernel",
+        normalized=True,
+    ),
+    "efficientnet_lite0": Model(
+        make=lambda classes: EfficientNetLite0(classes),
+        output="Dense_0/kernel",
+    ),
+    "lstm_attention": Model(
+        make=lambda classes: LSTMAttention(classes),
+        output="logits/kernel",
+        together=True,
     ),
 }
 
@@ -120,12 +269,27 @@ def logits(model: nn.Module, variables: Variables, x: jax.Array) -> jax.Array:
 
 
 def training_logits(
-    model: nn.Module, variables: Variables, x: jax.Array
+    model: nn.Module, variables: Variables, x: jax.Array, key: jax.Array | None = None
 ) -> tuple[jax.Array, Variables]:
-    """The outputs by the batch's own statistics, and the statistics after it."""
-    if "batch_stats" not in variables:
+    """The outputs in training, and the statistics of batches after it.
+
+    They are those of inference for networks without ``trains``. Others normalize by the
+    batch's own statistics, and drop at random by a key.
+
+    Raises:
+      ValueError: There is no key for a network that drops.
+    """
+    if not getattr(model, "trains", False):
         return logits(model, variables, x), {}
-    out, after = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    if key is None and getattr(model, "dropout", 0):
+        raise ValueError(
+            f"key must be given for {type(model).__name__}, which drops at random in "
+            "training: write training_logits(model, variables, x, key)."
+        )
+    rngs = None if key is None else {"dropout": key}
+    out, after = model.apply(
+        variables, x, train=True, rngs=rngs, mutable=["batch_stats"]
+    )
     return _widened(out), after
 
 

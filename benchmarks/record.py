@@ -49,7 +49,7 @@ METHOD = {
     "complexity": "a list",
     "strength?": dict.fromkeys(("epsilon", "clean", *ATTACKS), "a list"),
     "gradients?": {"counts": "a list", "log10_edges": "a list"},
-    "weights": {
+    "weights?": {
         EACH: {"counts": "a list", "edges": "a list", "wall": "a number or null"}
     },
 }

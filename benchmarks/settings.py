@@ -14,8 +14,9 @@ import optax
 
 from benchmarks import data as data_module
 from benchmarks import models, robustness
-from benchmarks.augment import AUGMENTATIONS
+from benchmarks.augment import AUGMENTATIONS, MIXING
 from benchmarks.data import DATASETS, Dataset
+from benchmarks.losses import LOSSES
 from benchmarks.methods import BASES, METHODS
 from benchmarks.train import MAPPINGS, Training
 
@@ -45,14 +46,23 @@ COUNTS = {
     "attack_steps": 1,
     "restarts": 2,
     "sensitivity": 0,
+    "tested": 1,
+    "source_epochs": 1,
+    "resize": 1,
 }
+UNLESS_NONE = (
+    "examples",
+    "tested",
+    "source_epochs",
+    "resize",
+)  # counts that need not be given
 RADII = ("epsilon", "adversarial")  # of balls around inputs
 CHOICES = {
     "model": models.MODELS,
     "optimizer": BASES,
     "schedule": DROPS,
     "dtype": DTYPES,
-    "loss": ("cross_entropy", "lq", "mmc"),
+    "loss": LOSSES,
     "tune_for": ("accuracy", "fgsm"),
     "mapping": MAPPINGS,
 }
@@ -65,40 +75,58 @@ UNSAID = (
     ("whole", False),
     ("pretrained", False),
 )
+# Where things are and run, which is no part of what is compared.
+PLACES = {"mapping", "data_dir", "labels_file"}
 LISTS = ("augment", "methods", "deploy", "epsilons")  # settings that are several
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compared."""
+    """What is compared.
+
+    Those that say more than their names:
+
+    Attributes:
+      labels: Name of the labels that people gave, see ``benchmarks/labels.py``, which
+        are wrong at times; none beside theirs is then made wrong.
+      labels_file: Where these are.
+      whole: Whether final runs train on all examples. Tuning holds out a fifth.
+      tested: How many test examples accuracy is measured on, at most.
+      epsilons: Further radii of the attacks.
+      attacked: How many test examples are attacked; 0 for no attacks.
+      source_epochs: Of the network that attacks are transferred from; None for as many
+        as the others train.
+    """
 
     dataset: str
     noise: float = 0.4
+    labels: str | None = None
+    labels_file: str | None = None
     seeds: int = 5
     epochs: int
     batch: int
-    trials: int = 12
+    trials: int = 40
     tuning_seeds: int
     methods: tuple[str, ...] = ("none", "weight_decay", "l2", "volumization", "weissi")
     model: str
     optimizer: str = "adam"
     schedule: str = "constant"
     dtype: str = "float32"
+    loss: str = "cross_entropy"
     augment: tuple[str, ...] = ()
     deploy: tuple[str, ...] = ()
     adversarial: float = 0.0
     sensitivity: int = 0
     tune_for: str = "accuracy"
     examples: int | None = None
+    whole: bool = False
+    tested: int | None = None
     epsilon: float
+    epsilons: tuple[float, ...] = ()
     attacked: int = 1000
     attack_steps: int = 20
     restarts: int = 3
-    loss: str = "cross_entropy"
-    labels: str | None = None
-    epsilons: tuple[float, ...] = ()
     source_epochs: int | None = None
-    whole: bool = False
     resize: int | None = None
     pretrained: bool = False
     mapping: str = "devices"
@@ -134,6 +162,8 @@ class Settings:
                 f"methods must be among {', '.join(METHODS)}, not {', '.join(unknown)}."
             )
         self._check_methods()
+        self._check_loss()
+        self._check_attacks()
         if unknown := set(self.deploy) - set(self.methods):
             raise ValueError(
                 f"deploy must be among methods, but {', '.join(unknown)} is not."
@@ -154,7 +184,7 @@ class Settings:
         """Refuses numbers out of range, such as NaN, which is in none."""
         for name, least in COUNTS.items():
             count = getattr(self, name)
-            if name == "examples" and count is None:  # all of them
+            if name in UNLESS_NONE and count is None:
                 continue
             if not (isinstance(count, int) and count >= least):
                 raise ValueError(
@@ -163,12 +193,49 @@ class Settings:
                 )
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must be in [0, 1], but is {self.noise}.")
-        for name in RADII:
-            radius = getattr(self, name)
+        if self.labels is not None and self.noise:
+            raise ValueError(
+                f"noise must be 0 where labels are given, which are {self.labels}, but "
+                f"is {self.noise}."
+            )
+        for name, radius in [
+            *((name, getattr(self, name)) for name in RADII),
+            *(("epsilons", radius) for radius in self.epsilons),
+        ]:
             if not 0 <= radius < math.inf:
                 raise ValueError(
                     f"{name} must be at least 0 and finite, but is {radius}."
                 )
+
+    def _check_loss(self) -> None:
+        """Refuses losses of labels that are not whole."""
+        losses = {self.loss} | {METHODS[m].loss for m in self.methods} - {None}
+        if (mixing := set(self.augment) & set(MIXING)) and losses != {"cross_entropy"}:
+            raise ValueError(
+                f"augment has {', '.join(sorted(mixing))}, which mixes labels: loss "
+                f"must be cross_entropy, not {', '.join(sorted(losses))}."
+            )
+
+    def _check_attacks(self) -> None:
+        """Refuses attacks on what is no point of [0, 1]."""
+        if DATASETS[self.dataset].kind != "text":
+            return
+        for name, meant in (
+            ("attacked", 0),
+            ("adversarial", 0),
+            ("sensitivity", 0),
+            ("tune_for", "accuracy"),
+        ):
+            if (value := getattr(self, name)) != meant:
+                raise ValueError(
+                    f"{name} must be {meant} for {self.dataset}, since words cannot be "
+                    f"moved by a little, but is {value}."
+                )
+
+    @property
+    def radii(self) -> tuple[float, ...]:
+        """All radii of attacks, without repetition, the main one first."""
+        return tuple(dict.fromkeys((self.epsilon, *self.epsilons)))
 
     def _check_methods(self) -> None:
         """Refuses methods that this network or optimizer would put at a loss."""
@@ -209,7 +276,7 @@ class Settings:
         words += self.augment
         words += ["adversarial"] * (self.adversarial > 0)
         told = {"dataset", "model", "optimizer", "schedule", "dtype", "augment"}
-        told |= {"mapping", "data_dir"}
+        told |= PLACES
         if self.noise == round(100 * self.noise) / 100:
             told.add("noise")
         untold = {}
@@ -223,9 +290,12 @@ class Settings:
         return "-".join(words)
 
     def ticks(self) -> int:
-        """How often `run` will report: once an epoch of every population."""
+        """How often a run that finds nothing finished reports: once each epoch."""
         tuned = sum(not METHODS[name].fixed for name in self.methods)
-        return self.epochs * (1 + tuned + len(self.methods))
+        finals = self.seeds * len(self.methods)
+        trained = tuned * self.trials * self.tuning_seeds + finals
+        source = (self.source_epochs or self.epochs) * (self.attacked > 0)
+        return self.epochs * trained + source
 
     def attacks(self) -> robustness.Settings:
         """How hard networks are attacked in the end."""
@@ -239,16 +309,18 @@ class Settings:
         """How runs of a method are trained, and what is measured meanwhile."""
         attacked = tuning and self.tune_for == "fgsm"
         chosen = METHODS[method]
+        loss = LOSSES[chosen.loss or self.loss](data.classes)
         optimizer = functools.partial(
             chosen.build,
             base=self.optimizer,
             output=models.MODELS[self.model].output,
-            shrink=self._shrink(data),
-            epoch=self._steps(data),
+            shrink=self._shrink(data, tuning),
+            epoch=self._steps(data, tuning),
         )
         return Training(
             model=self.network(data.classes),
             classes=data.classes,
+            loss=loss,
             optimizer=optimizer,
             batch=self.batch,
             adversary=self.adversarial,
@@ -260,36 +332,54 @@ class Settings:
             sensitivity=0 if tuning else self.sensitivity,
         )
 
-    def _shrink(self, data: Dataset) -> optax.Schedule | None:
+    def _shrink(self, data: Dataset, tuning: bool) -> optax.Schedule | None:
         """What the learning rate is multiplied by at each step, if not by 1."""
         if not (drops := DROPS[self.schedule]):
             return None
-        steps = self._steps(data) * self.epochs
+        steps = self._steps(data, tuning) * self.epochs
         return optax.piecewise_constant_schedule(
             1.0, {round(share * steps): 0.1 for share in drops}
         )
 
-    def _steps(self, data: Dataset) -> int:
+    def _steps(self, data: Dataset, tuning: bool) -> int:
         """Steps of an epoch."""
-        return len(split_of(data, self)[0]) // self.batch
+        return len(trained_on(data, self, tuning)) // self.batch
 
     def command(self) -> str:
         """The command line that repeats the comparison."""
         words = ["python -m benchmarks compare"]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("data_dir", *LISTS) or value is None:
+            if field.name in {*PLACES, *LISTS, "labels"} or value is None:
                 continue
             if (field.name, value) in UNSAID:
                 continue
-            words.append(f"--{field.name.replace('_', '-')} {value}")
+            flag = f"--{field.name.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag} {value}")
         for name in LISTS:
             if value := getattr(self, name):
                 words.append(f"--{name} {','.join(map(str, value))}")
-        return " ".join(words + (["--data-dir DATA"] if self.data_dir else []))
+        words += [f"--labels LABELS:{self.labels}"] * (self.labels is not None)
+        words += ["--data-dir DATA"] * (self.data_dir is not None)
+        return " ".join(words)
 
 
 def split_of(data: Dataset, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the training examples, no more than asked for, and held-out ones."""
     train, held_out = data_module.split(data)
     return train[: settings.examples], held_out
+
+
+def trained_on(data: Dataset, settings: Settings, tuning: bool) -> np.ndarray:
+    """Positions of the examples that runs train on."""
+    train, held_out = data_module.split(data)
+    if settings.whole and not tuning:
+        train = np.concatenate([train, held_out])
+    return train[: settings.examples]
+
+
+def test_examples(data: Dataset, settings: Settings) -> np.ndarray:
+    """Positions of the test examples, no more than asked for, of all classes."""
+    if settings.tested is None:
+        return np.arange(len(data.y_test))
+    return np.random.default_rng(0).permutation(len(data.y_test))[: settings.tested]

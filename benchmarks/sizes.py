@@ -71,8 +71,8 @@ SIZES: dict[str, Sizes] = {
         many="1000x64x64",
         trained=(
             ("mlp1024", "float32"),
-            ("resnet18", "float32"),
-            ("resnet18", "bfloat16"),
+            ("resnet18_norm", "float32"),
+            ("resnet18_norm", "bfloat16"),
         ),
         batch=128,
         image=(32, 32, 3),

@@ -138,7 +138,7 @@ def tasks(sizes: Sizes) -> dict[str, tuple[Task, dict[str, Program]]]:
         task = Task(training.cross_entropy(model), _variables(model, x), x, y)
         words = [name, dtype] if dtype != "float32" else [name]
         beside = {}
-        if name == "resnet18":
+        if name == "resnet18_norm":
             beside["none, in Flax and Optax alone"] = _plain(jnp.dtype(dtype), x, y)
         found[", ".join([*words, f"batch {sizes.batch}"])] = task, beside
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import weightreg as wr
 from benchmarks import models
-from benchmarks.augment import augment
+from benchmarks.augment import MIXING, augment
+from benchmarks.losses import CROSS_ENTROPY, Loss
 from benchmarks.optimizers import Hyperparameters
 
+CONSTANTS = "constants"  # the collection of variables that are never trained
 ADVERSARY_STEPS = 3  # of PGD in every step of adversarial training
 # What the sensitivity of is measured; the authors of GBR do not say.
 SENSITIVE = ("logits", "probabilities", "label probability")
@@ -30,10 +34,25 @@ MAPPINGS = {
 
 
 class Arrays(NamedTuple):
-    """Inputs that all runs share, on the device once."""
+    """What all runs share, on the device once.
 
-    x_train: jax.Array
-    x_eval: jax.Array
+    Attributes:
+      x_train: Inputs to train on.
+      x_eval: Inputs on which accuracy is measured after every epoch.
+      constants: The network's variables that are never trained, such as word vectors.
+      x_test: Inputs of `Population.test`, for runs that are not chosen by them.
+      y_test: Their labels.
+    """
+
+    x_train: Any
+    x_eval: Any
+    constants: Mapping[str, Any] | None = None
+    x_test: Any = None
+    y_test: Any = None
+
+    def variables(self) -> dict[str, Any]:
+        """The constants as the network takes them."""
+        return {CONSTANTS: dict(self.constants)} if self.constants else {}
 
 
 class Labels(NamedTuple):
@@ -50,7 +69,7 @@ class Progress(NamedTuple):
       params: What is trained.
       stats: The network's other variables, such as statistics of batches.
       opt_state: The optimizer's.
-      key: That the examples are shuffled by.
+      key: Data of the key that the examples are shuffled by.
     """
 
     params: Any
@@ -90,6 +109,7 @@ class Training:
     Attributes:
       model: The network.
       classes: Number of classes.
+      loss: What training lowers.
       optimizer: From hyperparameters, which may be traced, to an optimizer.
       batch: Examples a step.
       adversary: Radius of the L-infinity ball in which PGD moves the examples of every
@@ -117,6 +137,11 @@ class Training:
     distances: Callable[[Hyperparameters, Any], dict[str, jax.Array]] | None = None
     augment: tuple[str, ...] = ()
     sensitivity: int = 0
+    loss: Loss = CROSS_ENTROPY
+
+    def logits(self, network: models.Variables, x: jax.Array) -> jax.Array:
+        """What a network makes of inputs, in inference mode."""
+        return self.loss.logits(models.logits(self.model, network, x))
 
     def init(self, hyper: Hyperparameters, params: Any) -> Any:
         """What is trained, from a fresh network's parameters."""
@@ -127,28 +152,36 @@ class Training:
         return self.norm(hyper)(params) if self.norm else params
 
     def finished(
-        self, hyper: Hyperparameters, params: Any, stats: models.Variables, x: jax.Array
+        self,
+        hyper: Hyperparameters,
+        params: Any,
+        stats: models.Variables,
+        arrays: Arrays,
     ) -> models.Variables:
         """What the network is once training is over.
 
         Statistics of batches are those of other weights, if these have been finished,
-        and follow them over some batches of ``x``.
+        and follow them over some batches to train on.
         """
-        folded = self.fold(hyper, params)
+        folded, constants, x = (
+            self.fold(hyper, params),
+            arrays.variables(),
+            arrays.x_train,
+        )
         if not self.finish:
-            return {"params": folded, **stats}
+            return {"params": folded, **stats, **constants}
         finished = self.finish(hyper, folded)
         if not stats:
-            return {"params": finished}
+            return {"params": finished, **constants}
         count = min(len(x) // self.batch, STATISTICS_BATCHES)
         batches = x[: count * self.batch].reshape(count, self.batch, *x.shape[1:])
 
         def follow(stats, batch):
-            network = {"params": finished, **stats}
+            network = {"params": finished, **stats, **constants}
             return models.training_logits(self.model, network, batch)[1], None
 
         stats, _ = jax.lax.scan(follow, stats, batches)
-        return {"params": finished, **stats}
+        return {"params": finished, **stats, **constants}
 
 
 class Population:
@@ -171,7 +204,7 @@ class Population:
         mapping: str,
         devices: Sequence[Any] | None = None,
     ):
-        self._training, self._arrays = training, arrays
+        self._training = training
         self._batches = arrays.x_train.shape[0] // training.batch
         if not self._batches:
             raise ValueError(
@@ -188,8 +221,13 @@ class Population:
                 f"mapping must be among {', '.join(MAPPINGS)}, not {mapping!r}."
             )
         self._mesh = Mesh(np.array(devices or jax.devices()), ("runs",))
+        self._first = arrays.x_train[:1]
+        self._constants = arrays.variables()
+        self._arrays = jax.tree.map(self._share, arrays)
         self._start = self._mapped(self._start_one, mapping)
         self._epoch = self._mapped(self._epoch_one, mapping, donate=True)
+        self._test = self._mapped(self._test_one, mapping)
+        self._finish = self._mapped(self._finish_one, mapping)
 
     def start(self, seeds: list[int], hyper: list[dict[str, float]], labels: Labels):
         """Fresh runs; labels are stacked, one row a run."""
@@ -199,8 +237,10 @@ class Population:
         )
         self._labels = self._spread(labels)
         model = self._training.model
-        rows = [initialize(model, s, self._arrays.x_train[:1]) for s in seeds]
+        first = jax.tree.map(np.asarray, self._first)
+        rows = [initialize(model, s, first) for s in seeds]
         variables, keys = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+        variables = {k: v for k, v in variables.items() if k != CONSTANTS}
         return self._start(
             self._spread(variables), self._spread(keys), self._hyper, self._arrays
         )
@@ -210,27 +250,65 @@ class Population:
         progress, measured = self._epoch(
             progress, self._labels, self._hyper, self._arrays
         )
-        return progress, jax.tree.map(lambda x: np.asarray(x)[: self._runs], measured)
+        return progress, self.fetch(measured)
+
+    def test(self, progress: Progress) -> np.ndarray:
+        """Accuracy of every run on the test examples."""
+        labels, hyper = self._labels, self._hyper
+        return self.fetch(self._test(progress, labels, hyper, self._arrays))
 
     def networks(self, progress: Progress) -> list[models.Variables]:
         """What every run's network is: finished, with its statistics."""
-        finished = jax.jit(jax.vmap(self._training.finished, in_axes=(0, 0, 0, None)))
-        stacked = jax.device_get(
-            finished(self._hyper, progress.params, progress.stats, self._arrays.x_train)
-        )
-        return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self._runs)]
+        labels, hyper = self._labels, self._hyper
+        stacked = self.fetch(self._finish(progress, labels, hyper, self._arrays))
+        constants = jax.device_get(self._constants)
+        return [
+            {**jax.tree.map(lambda x, i=i: x[i], stacked), **constants}
+            for i in range(self._runs)
+        ]
+
+    def fetch(self, tree: Any) -> Any:
+        """Values of all runs on this host, wherever they are."""
+        if jax.process_count() > 1:
+            tree = multihost_utils.process_allgather(tree, tiled=True)
+        return jax.tree.map(lambda x: np.asarray(x)[: self._runs], tree)
+
+    def place(self, fresh: Progress, leaves: Sequence[np.ndarray]) -> Progress:
+        """Runs that go on from what `fetch` gave of them, in place of fresh ones."""
+        return self._spread(jax.tree.unflatten(jax.tree.structure(fresh), leaves))
 
     def _start_one(self, variables, key_data, hyper, arrays) -> Progress:
         del arrays
         stats = {name: v for name, v in variables.items() if name != "params"}
         params = self._training.init(hyper, variables["params"])
         opt_state = self._training.optimizer(hyper).init(params)
-        return Progress(params, stats, opt_state, jax.random.wrap_key_data(key_data))
+        return Progress(params, stats, opt_state, key_data)
+
+    def _test_one(self, progress: Progress, labels: Labels, hyper, arrays: Arrays):
+        del labels
+        network = self._training.finished(
+            hyper, progress.params, progress.stats, arrays
+        )
+
+        def right(example):
+            x, y = jax.tree.map(lambda a: a[None], example)
+            return jnp.argmax(self._training.logits(network, x), -1)[0] == y[0]
+
+        examples = arrays.x_test, arrays.y_test
+        return jnp.mean(jax.lax.map(right, examples, batch_size=500))
+
+    def _finish_one(self, progress: Progress, labels: Labels, hyper, arrays: Arrays):
+        del labels
+        network = self._training.finished(
+            hyper, progress.params, progress.stats, arrays
+        )
+        return {name: v for name, v in network.items() if name != CONSTANTS}
 
     def _epoch_one(self, progress: Progress, labels: Labels, hyper, arrays: Arrays):
         tx = self._training.optimizer(hyper)
+        constants = arrays.variables()
         one = functools.partial(train_step, self._training, tx, hyper)
-        shuffle, key = jax.random.split(progress.key)
+        shuffle, key = jax.random.split(jax.random.wrap_key_data(progress.key))
         order = jax.random.permutation(shuffle, arrays.x_train.shape[0])
         size = self._training.batch
         batches = order[: self._batches * size].reshape(self._batches, size)
@@ -239,25 +317,26 @@ class Population:
             x, y = arrays.x_train[batch], labels.train[batch]
             # A key that no other batch of the run has: it has no other first example.
             key = jax.random.fold_in(shuffle, batch[0])
-            return one(*carry, x, y, key), None
+            return one(*carry, x, y, key, constants), None
 
         carry = progress.params, progress.stats, progress.opt_state
         (params, stats, opt_state), _ = jax.lax.scan(step, carry, batches)
-        network = self._training.finished(hyper, params, stats, arrays.x_train)
+        network = self._training.finished(hyper, params, stats, arrays)
         measured = self._measure(network, arrays, labels, shuffle)
         if self._training.distances:
             layers = self._training.distances(hyper, params).values()
             measured = measured._replace(distance=jnp.mean(jnp.stack([*layers])))
-        return Progress(params, stats, opt_state, key), measured
+        return Progress(params, stats, opt_state, jax.random.key_data(key)), measured
 
     def _measure(self, network, arrays: Arrays, labels: Labels, key) -> Measured:
-        model, epsilon = self._training.model, self._training.epsilon
+        epsilon = self._training.epsilon
+        logits_of = functools.partial(self._training.logits, network)
 
         def right(example):  # of the clean input, and of the attacked one
             x, y = jax.tree.map(lambda a: a[None], example)
-            loss = lambda x, y: example_loss(model, network, x, y)  # noqa: E731
+            loss = functools.partial(example_loss, logits_of)
             inputs = [x] if epsilon is None else [x, wr.fgsm(loss, x, y, epsilon)]
-            logits = models.logits(model, network, jnp.concatenate(inputs))
+            logits = logits_of(jnp.concatenate(inputs))
             return jnp.argmax(logits, -1) == y
 
         # In batches, since all images at once are gigabytes in a convolution.
@@ -269,7 +348,7 @@ class Population:
         fitted, gbr = jnp.nan, jnp.full(len(SENSITIVE), jnp.nan)
         if count := self._training.sensitivity:
             first = arrays.x_train[:count], labels.train[:count]
-            fitted, gbr = sensitivity(model, network, *first, key)
+            fitted, gbr = sensitivity(logits_of, *first, key)
         return Measured(
             shares[0], attacked, energy, complexity, fitted, gbr, distance=jnp.nan
         )
@@ -294,13 +373,20 @@ class Population:
     def _spread(self, rows: Any) -> Any:
         """Puts rows of runs on the devices, the last run again to fill them up."""
         missing = -self._runs % self._mesh.size
-        sharding = NamedSharding(self._mesh, PartitionSpec("runs"))
 
         def place(x):
             filled = np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])
-            return jax.device_put(filled, sharding)
+            return self._put(filled, PartitionSpec("runs"))
 
         return jax.tree.map(place, rows)
+
+    def _share(self, x: Any) -> jax.Array:
+        return self._put(np.asarray(x), PartitionSpec())
+
+    def _put(self, x: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        """An array on the devices of all hosts, each of which has it whole."""
+        sharding = NamedSharding(self._mesh, spec)
+        return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods
@@ -313,18 +399,17 @@ def initialize(
 
 
 def example_loss(
-    model: nn.Module, variables: models.Variables, x: jax.Array, y: jax.Array
+    logits: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Array
 ) -> jax.Array:
     """Cross-entropy of every example in inference mode, of shape (batch,)."""
-    logits = models.logits(model, variables, x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return optax.softmax_cross_entropy_with_integer_labels(logits(x), y)
 
 
 def sensitivity(
-    model: nn.Module, network: models.Variables, x: jax.Array, y: jax.Array, key
+    logits: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Array, key
 ) -> tuple[jax.Array, jax.Array]:
     """Accuracy, and the ``weightreg.gbr`` of each of `SENSITIVE`."""
-    f = lambda x: models.logits(model, network, x[None])[0]  # noqa: E731
+    f = lambda x: logits(x[None])[0]  # noqa: E731
     known = functools.partial(wr.gbr, probes=PROBES, key=key, batch_size=100)
     several = [known(f, x).mean, known(wr.probabilities(f), x).mean]
     right = jax.lax.map(lambda x: jnp.argmax(f(x)), x, batch_size=500) == y
@@ -332,21 +417,26 @@ def sensitivity(
     return jnp.mean(right), jnp.stack([*several, own])
 
 
-def train_step(training: Training, tx, hyper, params, stats, opt_state, x, y, key):
+def train_step(
+    training: Training,
+    tx,
+    hyper,
+    params,
+    stats,
+    opt_state,
+    x,
+    y,
+    key,
+    constants: models.Variables = MappingProxyType({}),
+):
     """One step. What is trained and its state come in and go out in one order.
 
     Donation needs that.
     """
-    if training.augment:
-        targets = jax.nn.one_hot(y, training.classes)
-        x, targets = augment(training.augment, jax.random.fold_in(key, 1), x, targets)
-        criterion = functools.partial(optax.softmax_cross_entropy, labels=targets)
-    else:
-        criterion = functools.partial(
-            optax.softmax_cross_entropy_with_integer_labels, labels=y
-        )
+    x, criterion = _criterion(training, x, y, jax.random.fold_in(key, 1))
+    fixed = {**stats, **constants}
     if training.adversary:
-        network = {"params": training.fold(hyper, params), **stats}
+        network = {"params": training.fold(hyper, params), **fixed}
         x = wr.pgd(
             lambda x, _: criterion(models.logits(training.model, network, x)),
             x,
@@ -355,15 +445,27 @@ def train_step(training: Training, tx, hyper, params, stats, opt_state, x, y, ke
             steps=ADVERSARY_STEPS,
             key=key,
         )
+    dropout = jax.random.fold_in(key, 2)
 
     def loss(params):
-        network = {"params": training.fold(hyper, params), **stats}
-        logits, after = models.training_logits(training.model, network, x)
-        return criterion(logits).mean(), after
+        network = {"params": training.fold(hyper, params), **fixed}
+        out, after = models.training_logits(training.model, network, x, dropout)
+        return criterion(out).mean(), after
 
     grads, stats = jax.grad(loss, has_aux=True)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), stats, opt_state
+
+
+def _criterion(training: Training, x, y, key):
+    """Inputs as they are trained on, and the loss of outputs for them."""
+    if not training.augment:
+        return x, functools.partial(training.loss.of, labels=y)
+    targets = jax.nn.one_hot(y, training.classes)
+    x, targets = augment(training.augment, key, x, targets)
+    if not set(training.augment) & set(MIXING):
+        return x, functools.partial(training.loss.of, labels=y)
+    return x, functools.partial(optax.softmax_cross_entropy, labels=targets)
 
 
 def make_step(training: Training, hyper: Hyperparameters, x: jax.Array):
@@ -373,7 +475,7 @@ def make_step(training: Training, hyper: Hyperparameters, x: jax.Array):
     """
     tx = training.optimizer(hyper)
     variables, _ = initialize(training.model, 0, x[:1])
-    stats = {name: v for name, v in variables.items() if name != "params"}
+    stats = {k: v for k, v in variables.items() if k not in ("params", CONSTANTS)}
     params = training.init(hyper, variables["params"])
     one = functools.partial(train_step, training, tx, hyper)
     return jax.jit(one, donate_argnums=(0, 1, 2)), params, stats, tx.init(params)

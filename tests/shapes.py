@@ -3,11 +3,21 @@
 import jax
 import jax.numpy as jnp
 
+from benchmarks import models
 
-def shapes_of(model, *shape):
+
+def shapes_of(model, *shape, dtype=jnp.float32):
     """The parameters as shapes, which takes no compiling."""
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    x = jax.ShapeDtypeStruct(shape, dtype)
     return jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+
+
+def shapes_for(name, classes):
+    """Those of a network by its name, for small images or for short texts."""
+    model = models.make(name, classes)
+    if name == "lstm_attention":
+        return shapes_of(model, 2, 12, dtype=jnp.int32)
+    return shapes_of(model, 2, 12, 12, 3)
 
 
 def flat(params):

@@ -51,7 +51,7 @@ TABLE1 = Experiment(
             "restarts": 2,
             "methods": ("weissi_paper",),
         },
-        "cpu": {"epochs": 10, "trials": 20, "source_epochs": 3},
+        "cpu": {"epochs": 10, "trials": 40, "source_epochs": 3},
         "full": {
             "epochs": 60,
             "trials": 40,
@@ -63,14 +63,9 @@ TABLE1 = Experiment(
     limited={"smoke": ("mlp-adversarial",)},
     resized={
         ("cpu", "mlp"): {"examples": 20_000},
-        ("cpu", "mlp-adversarial"): {"examples": 10_000, "epochs": 8, "trials": 12},
+        ("cpu", "mlp-adversarial"): {"examples": 10_000, "epochs": 8},
         ("cpu", "cnn"): {"model": "cnn8", "examples": 10_000, "epochs": 8},
-        ("cpu", "cnn-adversarial"): {
-            "model": "cnn8",
-            "examples": 5_000,
-            "epochs": 8,
-            "trials": 12,
-        },
+        ("cpu", "cnn-adversarial"): {"model": "cnn8", "examples": 5_000, "epochs": 8},
         ("full", "cnn"): {"trials": 12},
         ("full", "cnn-adversarial"): {"trials": 12},
     },
@@ -124,14 +119,17 @@ _ADVERSARIAL = {"adversarial": 0.01}
 
 _SMOKE = {"epochs": 1, "examples": 100, "seeds": 1, "trials": 1, "attacked": 0}
 _CPU = {
-    "examples": 5_000,
-    "epochs": 8,
-    "trials": 10,
+    "examples": 4_000,
+    "epochs": 6,
+    "seeds": 5,
+    "trials": 40,
     "attacked": 100,
     "restarts": 2,
     "source_epochs": 2,
 }
-_CPU_WRN = {**_CPU, "examples": 2_500, "epochs": 6, "trials": 5}
+# In twice as many steps as batches of 100 would give.
+_CPU_WRN = {**_CPU, "examples": 5_000, "epochs": 5, "trials": 20, "batch": 50}
+_CPU_WRN_ADVERSARIAL = {**_CPU_WRN, "examples": 2_500, "seeds": 3, "trials": 10}
 _FULL = {
     "trials": 4,
     "attacked": 1000,
@@ -172,7 +170,7 @@ TABLE2 = Experiment(
         "full": {**_FULL, "epochs": 300},
     },
     limited={"smoke": ("standard",)},
-    resized={("cpu", "adversarial"): {"examples": 2_500, "trials": 5}},
+    resized={("cpu", "adversarial"): {"examples": 2_500, "trials": 20}},
     paper={
         "standard": _at_radii(
             {
@@ -269,17 +267,27 @@ TABLE3 = Experiment(
     },
     limited={"smoke": ("convex",)},
     resized={
-        ("cpu", "convex"): {"model": "resnet_convex"},
-        ("cpu", "standard"): {"model": "resnet"},
-        # A step takes three times as long: rows at the paper's settings alone.
-        ("cpu", "convex-adversarial"): {
+        ("cpu", "convex"): {
             "model": "resnet_convex",
-            "seeds": 2,
+            "methods": (
+                "weissi_wrn_convex",
+                "parseval_wrn",
+                "weissi_wrn_energy",
+                "weissi_wrn_complexity",
+            ),
+        },
+        ("cpu", "standard"): {
+            "model": "resnet",
+            "methods": ("weissi_wrn", "l2_wrn", "parseval_wrn"),
+        },
+        ("cpu", "convex-adversarial"): {
+            **_CPU_WRN_ADVERSARIAL,
+            "model": "resnet_convex",
             "methods": ("weissi_wrn_convex_adversarial", "parseval_wrn"),
         },
         ("cpu", "adversarial"): {
+            **_CPU_WRN_ADVERSARIAL,
             "model": "resnet",
-            "seeds": 2,
             "methods": ("weissi_wrn", "l2_wrn", "parseval_wrn"),
         },
     },
@@ -364,7 +372,11 @@ TABLE4 = Experiment(
     },
     limited={"smoke": ("vgg",)},
     resized={
-        ("cpu", "wrn"): {**_CPU_WRN, "model": "resnet"},
+        ("cpu", "wrn"): {
+            **_CPU_WRN,
+            "model": "resnet",
+            "methods": ("weissi_wrn", "l2_wrn"),
+        },
         ("full", "wrn"): {"epochs": 200, "trials": 2},
     },
     paper={

@@ -49,10 +49,12 @@ def test_digits_are_what_the_entry_says(digits):
         assert x.min() == 0 and x.max() == 1
         assert set(y) == set(range(info.classes))
     assert digits.classes == info.classes
+    assert (len(digits.y_train), len(digits.y_test)) == info.sizes
+    assert not digits.constants
 
 
 def test_data_sets_are_known_by_name():
-    message = "dataset must be one of digits, mnist, cifar10, not 'svhn'"
+    message = "dataset must be one of digits, mnist, cifar10, .*, not 'svhn'"
     with pytest.raises(ValueError, match=message):
         data.load("svhn")
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import compare, models, report, train
+from benchmarks import measure, models, report, train
 from benchmarks.methods import METHODS
 from benchmarks.settings import Settings
 from benchmarks.timing import Timing
@@ -14,7 +14,7 @@ def test_networks_are_stored_and_run_in_every_form(digits, monkeypatch):
     def once(steps, *_):
         return {n: Timing(len(s(None)) / 100, 0, 0, 0) for n, s in steps.items()}
 
-    monkeypatch.setattr(compare.deploy_module, "relative_times", once)
+    monkeypatch.setattr(measure.deploy_module, "relative_times", once)
     settings = Settings.of("digits")
     fresh, _ = train.initialize(models.make("mlp", 10), 0, jnp.ones((1, 64)))
     kept = {}
@@ -22,7 +22,7 @@ def test_networks_are_stored_and_run_in_every_form(digits, monkeypatch):
         method = METHODS[name]
         params = method.finish(method.fixed, fresh["params"])
         kept[name] = method.fixed, [jax.device_get({"params": params})]
-    forms = compare.deploy(kept, digits, settings)
+    forms = measure.deploy(kept, digits, settings)
     assert [form["form"] for form in forms.values()] == [
         "float32",
         "bfloat16",

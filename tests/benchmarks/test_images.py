@@ -1,6 +1,7 @@
 """Images and labels are those of the data set, or are refused."""
 
 import re
+import sys
 
 import datasets
 import numpy as np
@@ -191,6 +192,16 @@ def test_the_hub_and_its_files_are_read_alike(hub):
     assert got.source == "Hugging Face hub, ylecun/mnist"
     for name in ("x_train", "y_train", "x_test", "y_test"):
         np.testing.assert_array_equal(getattr(got, name), getattr(files, name))
+
+
+def test_files_are_read_where_the_hubs_client_is_not_there(mnist, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in ("hub", "images"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.{name}")
+        monkeypatch.delattr(f"benchmarks.{name}")
+    assert len(data.load("mnist", str(mnist.parent)).y_train) == 5
+    with pytest.raises(FileNotFoundError, match=r"\(ModuleNotFoundError\)\. Without"):
+        data.load("mnist")
 
 
 def test_errors_name_the_split_of_the_hub(hub):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-from shapes import flat, shapes_of
+from shapes import flat, shapes_for
 
 import weightreg as wr
 from benchmarks import models
@@ -55,7 +55,7 @@ def test_the_cnn_form_and_the_output_layer_of_parseval():
 @pytest.mark.parametrize("name", models.MODELS)
 def test_parseval_spares_the_output_layer_of_every_model(name):
     """And no other; all arrays are of two numbers an axis, which is quick."""
-    shapes = shapes_of(models.make(name, 10), 2, 12, 12, 3)
+    shapes = shapes_for(name, 10)
     rng = np.random.default_rng(0)
     drawn = lambda leaf: jnp.asarray(rng.normal(size=[2] * leaf.ndim), jnp.float32)  # noqa: E731
     params, output = jax.tree.map(drawn, shapes), models.MODELS[name].output

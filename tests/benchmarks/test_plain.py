@@ -24,8 +24,8 @@ def renamed(variables):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_resnet18_has_the_same_parameters(dtype):
-    ours = shapes_of(models.make("resnet18", 10, dtype=dtype), 1, 32, 32, 3)
+def test_resnet18_norm_has_the_same_parameters(dtype):
+    ours = shapes_of(models.make("resnet18_norm", 10, dtype=dtype), 1, 32, 32, 3)
     assert renamed(ours) == shapes_of(plain.resnet18(10, dtype), 1, 32, 32, 3)
 
 

@@ -10,10 +10,10 @@ import threading
 import numpy as np
 import pytest
 
-from benchmarks import compare, record
+from benchmarks import measure, record
 from benchmarks.settings import Settings
 
-RESULTS = pathlib.Path(compare.__file__).parent / "results"
+RESULTS = pathlib.Path(measure.__file__).parent / "results"
 DIGITS = RESULTS / "digits-noise40.json"
 
 

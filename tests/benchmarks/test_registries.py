@@ -10,6 +10,7 @@ import benchmarks
 FOLDER = pathlib.Path(benchmarks.__file__).parent
 REGISTRIES = {
     "DATASETS": "data.py",
+    "LAYOUTS": "folders.py",
     "MODELS": "models.py",
     "METHODS": "methods.py",
     "EXPERIMENTS": "__init__.py",

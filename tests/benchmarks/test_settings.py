@@ -15,7 +15,7 @@ from benchmarks.settings import COUNTS, RADII, Settings
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dataset": "imagenet"}, "dataset must be among digits"),
+        ({"dataset": "svhn"}, "dataset must be among digits"),
         ({"noise": 1.5}, "noise must be in"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"epochs": 0}, "epochs must be at least 1"),

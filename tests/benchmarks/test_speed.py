@@ -110,8 +110,10 @@ def test_a_program_of_several_steps_does_what_calls_do():
 
 def test_a_plain_network_takes_the_place_of_its_own(calls):
     """Its step goes from shapes to the same shapes, with as many of them."""
-    sizes = dataclasses.replace(SIZES["quick"], trained=(("resnet18", "bfloat16"),))
-    task, beside = speed_parts.tasks(sizes)["resnet18, bfloat16, batch 4"]
+    sizes = dataclasses.replace(
+        SIZES["quick"], trained=(("resnet18_norm", "bfloat16"),)
+    )
+    task, beside = speed_parts.tasks(sizes)["resnet18_norm, bfloat16, batch 4"]
     ours = training.step(task, REGULARIZERS["none"], programs.STEPS["adam"]())
     (theirs,) = beside.values()
     sizes_of = []

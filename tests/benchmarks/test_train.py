@@ -164,7 +164,11 @@ def test_adversarial_training_is_ordinary_training_on_attacked_examples(digits):
     state = tx.init(params)
     got, _, _ = train.train_step(training, tx, hyper, params, {}, state, x, y, key)
 
-    loss = lambda p, x, y: train.example_loss(model, {"params": p}, x, y)  # noqa: E731
+    def loss(p, x, y):
+        return train.example_loss(
+            lambda x: models.logits(model, {"params": p}, x), x, y
+        )
+
     fixed = functools.partial(loss, params)
     moved = wr.pgd(fixed, x, y, 0.05, steps=train.ADVERSARY_STEPS, key=key)
     assert jnp.max(jnp.abs(moved - x)) == pytest.approx(0.05)
