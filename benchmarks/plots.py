@@ -26,7 +26,8 @@ def draw(result: dict, out: pathlib.Path) -> list[pathlib.Path]:
     if not result["results"]:
         return []
     entries = result["results"].values()
-    plots = [accuracy, energy, weights]
+    plots = [accuracy, energy]
+    plots += [weights] * any("weights" in e for e in entries)
     plots += [gradients] * any("gradients" in e for e in entries)
     plots += [strength] * any("strength" in e for e in entries)
     plots += [sensitivity] * bool(result["settings"].get("sensitivity"))
@@ -249,8 +250,11 @@ def _grid(result: dict) -> dict[float, dict[float, dict]]:
 
 
 def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
-    """Weights of every layer under every method, with the walls of their boxes."""
-    rows = list(result["results"].values())
+    """Weights of every layer under every method, with the walls of their boxes.
+
+    Of the first seed; methods that lack it are left out.
+    """
+    rows = [entry for entry in result["results"].values() if "weights" in entry]
     columns = list(rows[0]["weights"])
     figure, grid = plt.subplots(
         len(rows),
