@@ -171,9 +171,7 @@ def _pages(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     Raises:
       ValueError: A file is no result, or is not complete.
     """
-    files = [
-        f for f in sorted(folder.glob("results/*.json")) if ".partial-" not in f.name
-    ]
+    files = sorted(folder.glob("results/*.json"))
     results = {file.stem: record.load(file) for file in files}
     costs = {stem: r for stem, r in results.items() if record.is_cost(r)}
     speeds = {stem: r for stem, r in results.items() if record.is_speed(r)}

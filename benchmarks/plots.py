@@ -15,7 +15,6 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.data import DATASETS
 from benchmarks.record import write
 from benchmarks.settling import courses
-from benchmarks.theory import volumized_error
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -27,7 +26,8 @@ def draw(result: dict, out: pathlib.Path) -> list[pathlib.Path]:
     if not result["results"]:
         return []
     entries = result["results"].values()
-    plots = [accuracy, energy, weights]
+    plots = [accuracy, energy]
+    plots += [weights] * any("weights" in e for e in entries)
     plots += [gradients] * any("gradients" in e for e in entries)
     plots += [strength] * any("strength" in e for e in entries)
     plots += [sensitivity] * bool(result["settings"].get("sensitivity"))
@@ -52,7 +52,7 @@ def accuracy(result: dict, out: pathlib.Path) -> pathlib.Path:
         _over_epochs(axes, result, "training_accuracy", 100, ls="--", lw=1, band=False)
         count = result["settings"]["sensitivity"]
         axes.set(ylabel=f"accuracy (%); dashed: {count} training examples")
-    return _save(figure, out, "accuracy")
+    return save(figure, out, "accuracy")
 
 
 def sensitivity(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -68,7 +68,7 @@ def sensitivity(result: dict, out: pathlib.Path) -> pathlib.Path:
     _legend(figure, grid[-1], result)
     count = result["settings"]["sensitivity"]
     figure.suptitle(f"{title(result)}, on {count} training examples")
-    return _save(figure, out, "sensitivity")
+    return save(figure, out, "sensitivity")
 
 
 def levels(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -81,7 +81,7 @@ def levels(result: dict, out: pathlib.Path) -> pathlib.Path:
         title=title(result),
     )
     axes.legend()
-    return _save(figure, out, "levels")
+    return save(figure, out, "levels")
 
 
 def energy(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -93,7 +93,7 @@ def energy(result: dict, out: pathlib.Path) -> pathlib.Path:
     right.set(ylabel="sum over layers", title="layer complexity")
     right.legend()
     figure.suptitle(title(result))
-    return _save(figure, out, "energy")
+    return save(figure, out, "energy")
 
 
 def gradients(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -114,7 +114,7 @@ def gradients(result: dict, out: pathlib.Path) -> pathlib.Path:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, out, "gradients")
+    return save(figure, out, "gradients")
 
 
 def strength(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -141,7 +141,7 @@ def strength(result: dict, out: pathlib.Path) -> pathlib.Path:
     grid[0].set_ylabel("test accuracy (%)")
     _legend(figure, grid[-1], result)
     figure.suptitle(title(result))
-    return _save(figure, out, "strength")
+    return save(figure, out, "strength")
 
 
 def _radii(result: dict, entry: dict, attack: str) -> list[np.ndarray]:
@@ -174,7 +174,7 @@ def settling(result: dict, out: pathlib.Path) -> pathlib.Path:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, out, "settling")
+    return save(figure, out, "settling")
 
 
 def grid(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -201,7 +201,7 @@ def grid(result: dict, out: pathlib.Path) -> pathlib.Path:
     panels[0].set_ylabel("test accuracy (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(title(result))
-    return _save(figure, out, "grid")
+    return save(figure, out, "grid")
 
 
 def grid_curves(result: dict, out: pathlib.Path) -> pathlib.Path:
@@ -229,7 +229,7 @@ def grid_curves(result: dict, out: pathlib.Path) -> pathlib.Path:
     names = {f"v {v:g}": line for v, line in sorted(handles.items())}
     figure.legend([*names.values()], [*names], loc="outside right upper")
     figure.suptitle(title(result))
-    return _save(figure, out, "grid_curves")
+    return save(figure, out, "grid_curves")
 
 
 def _grid(result: dict) -> dict[float, dict[float, dict]]:
@@ -250,8 +250,11 @@ def _grid(result: dict) -> dict[float, dict[float, dict]]:
 
 
 def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
-    """Weights of every layer under every method, with the walls of their boxes."""
-    rows = list(result["results"].values())
+    """Weights of every layer under every method, with the walls of their boxes.
+
+    Of the first seed; methods that lack it are left out.
+    """
+    rows = [entry for entry in result["results"].values() if "weights" in entry]
     columns = list(rows[0]["weights"])
     figure, grid = plt.subplots(
         len(rows),
@@ -279,98 +282,7 @@ def weights(result: dict, out: pathlib.Path) -> pathlib.Path:
             axes.set_title(heading, fontsize=9)
     figure.supylabel("number of weights", fontsize=10)
     figure.supxlabel("weight (seed 0)", fontsize=10)
-    return _save(figure, out, "weights")
-
-
-def theory(result: dict, out: pathlib.Path) -> pathlib.Path:
-    """Errors of a linear student, in closed form and trained (volumization, Figure 4).
-
-    Lines are closed forms, points means over seeds with one standard deviation.
-    """
-    figure, (left, right, boxes) = plt.subplots(
-        1, 3, figsize=(14, 5), layout="constrained"
-    )
-    kinds = ("uniform", "(a) uniform noise"), ("cauchy", "(b) Cauchy noise")
-    for axes, (noise, name) in zip((left, right), kinds, strict=True):
-        constant = result["theory"]["constant"]
-        axes.set(xlabel="sigma", title=name, ylim=(0, 1.5 * constant[0]))
-        _errors_over_noise(axes, result, noise)
-    _closed_forms(left, result)
-    least = min(result["simulated"]["cauchy"]["none"]["mean"])
-    right.set_title(f"(b) Cauchy noise; no regularization: {least:,.0f} and more")
-    left.set_ylabel("mean squared error of a weight")
-    _errors_over_volumes(boxes, result)
-    s, seeds = result["settings"], len(result["settings"]["seeds"])
-    figure.suptitle(
-        f"Linear teacher and student, {s['parameters']} weights, a = {s['a']:g}, "
-        f"{seeds} seeds"
-    )
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=4
-    )
-    return _save(figure, out, "errors")
-
-
-# Colour, marker and name of what theory and simulation compare.
-THEORY = {
-    "none": (COLOURS[0], "o", "no regularization"),
-    "weight_decay": (COLOURS[1], "s", "best weight decay"),
-    "volumization": (COLOURS[2], "D", "best volumization"),
-}
-
-
-def _errors_over_noise(axes, result: dict, noise: str) -> None:
-    """The zero model's error, and each method's as measured."""
-    x, y = result["settings"]["sigmas"], result["theory"]["constant"]
-    axes.plot(x, y, color="#999999", label="zero model")
-    for key, (colour, marker, name) in THEORY.items():
-        found = result["simulated"][noise][key]
-        if min(found["mean"]) > axes.get_ylim()[1]:
-            continue  # the bars alone would be seen, as lines from below to above
-        axes.errorbar(
-            x,
-            found["mean"],
-            found["std"],
-            fmt=marker,
-            ms=4,
-            lw=1,
-            color=colour,
-            label=f"{name}, trained",
-        )
-    axes.grid(alpha=0.3)
-
-
-def _closed_forms(axes, result: dict) -> None:
-    """Every method's error under uniform noise, and the paper's beyond its range."""
-    x, known = result["settings"]["sigmas"], result["theory"]
-    for key, (colour, _, name) in THEORY.items():
-        axes.plot(x, known[key], color=colour, label=f"{name}, closed form")
-    axes.plot(
-        x, known["printed"], ":", color=COLOURS[2], label="volumization, as printed"
-    )
-
-
-def _errors_over_volumes(axes, result: dict) -> None:
-    """Volumization's error over the volume, for a few strengths of uniform noise."""
-    s, boxes = result["settings"], result["simulated"]["uniform"]["boxes"]
-    for colour, i in zip(
-        COLOURS[3:], np.linspace(1, len(s["sigmas"]) - 1, 4), strict=False
-    ):
-        i, v = int(i), np.array(s["volumes"])
-        sigma = s["sigmas"][i]
-        axes.plot(v, volumized_error(v, sigma, s["a"]), color=colour)
-        axes.errorbar(
-            v[::3],
-            boxes["mean"][i][::3],
-            boxes["std"][i][::3],
-            fmt=".",
-            lw=1,
-            color=colour,
-            label=f"sigma {sigma:g}",
-        )
-    axes.set(xlabel="volume V", title="uniform noise, over the volume", ylim=(0, 1.0))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    return save(figure, out, "weights")
 
 
 def dataset(result: dict) -> str:
@@ -442,7 +354,8 @@ def _readable(path: str) -> str:
     return path.replace("']['", "/").strip("[']")
 
 
-def _save(figure, out: pathlib.Path, name: str) -> pathlib.Path:
+def save(figure, out: pathlib.Path, name: str) -> pathlib.Path:
+    """Writes a figure beside the JSON file ``out``, and closes it."""
     path = out.with_name(f"{out.stem}-{name}.png")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)

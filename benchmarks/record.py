@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import reprlib
 import secrets
 from typing import Any
@@ -182,26 +181,6 @@ def write(content: bytes, out: pathlib.Path) -> None:
     except OSError as error:  # a full disk's error names no file
         reason = error.strerror or str(error)
         raise OSError(error.errno, reason, str(out)) from error
-
-
-def partial(out: pathlib.Path) -> pathlib.Path:
-    """Where a run keeps what is finished of ``out``: each run has a file of its own."""
-    return out.with_name(f"{out.stem}.partial-{secrets.token_hex(4)}.json")
-
-
-def complete_of(file: pathlib.Path) -> pathlib.Path:
-    """The file that a run would have written, had it not ended too early.
-
-    Of a file that is no partial one, the file itself.
-    """
-    return file.with_name(re.sub(r"\.partial-\w+(?=\.json$)", "", file.name))
-
-
-def partials(out: pathlib.Path) -> list[pathlib.Path]:
-    """What runs have left that ended too early, or are still going on."""
-    return sorted(
-        f for f in out.parent.glob("*.partial-*.json") if complete_of(f) == out
-    )
 
 
 def load(file: pathlib.Path) -> dict[str, Any]:

@@ -511,26 +511,30 @@ def _theory_says(result: dict) -> list[str]:
     off = np.abs(np.array(known["volumization"]) - mean).max() / mean.max()
     parted = sigmas[np.abs(np.array(known["printed"]) - mean) > 2 * error]
     decayed = sigmas[np.array(known["weight_decay"]) < known["volumization"]]
-    cauchy = {
-        m: np.array(v["mean"]) for m, v in found["cauchy"].items() if m != "boxes"
-    }
-    beaten = sigmas[cauchy["volumization"] < 0.99 * known["constant"][0]]
+    cauchy = {name: np.array(m["mean"]) for name, m in found["cauchy"].items()}
+    decay, zero = cauchy["weight_decay"], cauchy["boxes"][:, s["volumes"].index(0)]
+    beaten = sigmas[cauchy["volumization"] < 0.99 * zero]
     return [
         f"The paper derives the least error of volumization, "
         f"(1 - 27 sigma / 64 a) sigma^2 / 3, for sigma up to a = {a:g}. It is exact up "
         f"to 4 a / 3 = {4 / 3 * a:.2f}, which is why the paper finds it right up to "
-        f"about 1.5. Beyond, it is too small: from sigma = {parted[0]:g} on, of those "
-        f"tried, it is more than two standard errors from what is trained.",
+        f"about 1.5. Beyond, it is too small: of the sigmas tried, it is more "
+        f"than two standard errors from what is trained at {_range(parted)}.",
         f"The closed form for all sigma, in `benchmarks/theory.py`, is never further "
         f"than {100 * off:.1f} % of the largest error from what is trained.",
         f"Under uniform noise the best weight decay errs less than the best "
-        f"volumization from sigma = {decayed[0]:g} on, of those tried; below, "
-        f"volumization does.",
+        f"volumization at {_range(decayed)}, and more at the others.",
         f"Under Cauchy noise, what is trained without regularization has an error of "
-        f"{cauchy['none'].min():,.0f} and more, the best weight decay returns the zero "
-        f"model, whose error is {known['constant'][0]:.3f}, and volumization errs at "
-        f"least 1 % less than that up to sigma = {beaten[-1]:g}.",
+        f"{cauchy['none'].min():,.0f} and more, and the best weight decay one of "
+        f"{decay.min():.3f} to {decay.max():.3f}, where the zero model has "
+        f"{zero.mean():.3f}. Volumization errs at least 1 % less than the zero model "
+        f"at {_range(beaten)}.",
     ]
+
+
+def _range(sigmas: np.ndarray) -> str:
+    """The first and the last of those at which something is so."""
+    return f"sigma = {sigmas[0]:g} to {sigmas[-1]:g}" if sigmas.size else "none"
 
 
 def _counted(columns: dict) -> tuple[list[str], list[list[str]]]:

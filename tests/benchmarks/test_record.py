@@ -18,15 +18,12 @@ DIGITS = RESULTS / "digits-noise40.json"
 
 
 def test_what_has_diverged_is_recorded(tmp_path):
-    counts, edges = compare._histogram([1.0, np.nan, 2.0, np.inf])
-    assert sum(counts) == 2 and edges[0] == 1 and edges[-1] == 2
-    counts, _ = compare._histogram([np.nan])
-    assert sum(counts) == 0
-    curves = compare._rounded(np.array([[1.0, np.nan], [-np.inf, 2.0]]))
-    assert curves == [[1.0, None], [None, 2.0]]
-    record.save({"curves": curves}, tmp_path / "out.json")
+    values = [1.0, np.nan, -np.inf, 1e-12 / 3]
+    rounded = [measure.rounded(value) for value in values]
+    assert rounded == [1.0, None, None, 3.3333e-13]
+    record.save({"curve": rounded}, tmp_path / "out.json")
     with pytest.raises(ValueError):
-        record.save({"curves": [np.nan]}, tmp_path / "out.json")
+        record.save({"curve": values}, tmp_path / "out.json")
 
 
 def test_files_are_readable_as_far_as_the_umask_says(tmp_path):
@@ -87,76 +84,18 @@ def test_readers_and_writers_at_once_see_whole_files(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_two_runs_at_once_keep_out_of_each_others_way(tmp_path, monkeypatch):
-    """Both have begun, and written, before either is complete."""
-    out, both = tmp_path / "out.json", threading.Barrier(2)
-    written, second = threading.Event(), threading.Event()
-
-    def final(*_):
-        both.wait(timeout=60)
-        return {}, []
-
-    def step_times(*_):
-        if threading.current_thread().name == "later":
-            written.set()
-            second.wait(timeout=60)
-        return {}
-
-    monkeypatch.setattr(compare, "_source", lambda *_: None)
-    monkeypatch.setattr(compare, "tune", lambda *_: {"chosen": {}})
-    monkeypatch.setattr(compare, "final", final)
-    monkeypatch.setattr(compare, "step_times", step_times)
-    settings = Settings.of("digits", methods=("none",))
-
-    def run(name):
-        compare.run(settings, out, mark={"run": name})
-
-    earlier, later = (
-        threading.Thread(target=run, args=(name,), name=name)
-        for name in ("earlier", "later")
-    )
-    earlier.start()
-    later.start()
-    earlier.join()
-    assert written.wait(timeout=60)
-    assert json.loads(out.read_text())["run"] == "earlier"
-    (left,) = record.partials(out)
-    kept = json.loads(left.read_text())
-    assert kept["run"] == "later" and list(kept["results"]) == ["none"]
-    assert kept["complete"] is False
-    second.set()
-    later.join()
-    result = json.loads(out.read_text())
-    assert result["run"] == "later" and result["complete"] is True
-    assert list(tmp_path.iterdir()) == [out]
-
-
 def test_a_comparison_is_not_written_over_one_of_other_settings(tmp_path):
     out = tmp_path / "out.json"
+    record.refuse_another({"epochs": 80}, out)  # there is none yet
     result = json.loads(DIGITS.read_text())
-    result["settings"]["epochs"] = 81
     record.save(result, out)
-    before = out.read_bytes()
-    with pytest.raises(ValueError, match=r"out.json holds .* epochs is 81, not 80"):
-        compare.run(Settings.of("digits"), out)
-    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
-    result["settings"] |= {"epochs": 80, "mapping": "vmap"}
-    record.save(result, out)
-    record.refuse_another({"epochs": 80, "mapping": "devices"}, out)
+    with pytest.raises(ValueError, match=r"out.json holds .* epochs is 80, not 81"):
+        record.refuse_another({"epochs": 81}, out)
+    record.refuse_another({"epochs": 80, "mapping": "vmap", "new": 1}, out)
     result["data"]["sha256"] = "of other examples"
     record.save(result, out)
     with pytest.raises(ValueError, match=r"whose sha256 is of other examples, not "):
-        compare.run(Settings.of("digits"), out)
-
-
-def test_partial_files_know_what_they_are_of(tmp_path):
-    out = tmp_path / "a.json"
-    one, other = record.partial(out), record.partial(out)
-    assert one != other and one.parent == tmp_path
-    assert record.complete_of(one) == record.complete_of(out) == out
-    for file in (out, one, other, record.partial(tmp_path / "a-b.json")):
-        record.save({}, file)
-    assert record.partials(out) == sorted([one, other])
+        record.refuse_another({}, out, {"sha256": "of these"})
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda f: f.stem)
@@ -257,7 +196,7 @@ def test_what_is_no_result_is_refused(text, message, tmp_path):
     ("given", "name"),
     [
         ({}, "digits-noise40"),
-        ({"epochs": 80, "trials": 12, "mapping": "vmap"}, "digits-noise40"),
+        ({"epochs": 80, "trials": 40, "mapping": "vmap"}, "digits-noise40"),
         ({"data_dir": "/data"}, "digits-noise40"),
         ({"noise": 0.8}, "digits-noise80"),
         ({"noise": 0.29}, "digits-noise29"),

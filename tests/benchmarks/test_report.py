@@ -142,6 +142,16 @@ def test_the_verdict_on_what_is_not_complete():
     assert report.verdict(some | {"results": {}})[-1].startswith("3 of 47 cells; ")
 
 
+def test_the_papers_rows_stand_beside_a_comparison_on_the_same_wrong_labels():
+    alike = compared(A)
+    alike["settings"] |= {"dataset": "mnist", "noise": 0.8}
+    published, note = report.paper(alike)
+    assert published["none_adam"] == {"best": 87.04, "last": 35.88} and note
+    clean = compared(A)
+    clean["settings"] |= {"dataset": "mnist", "noise": 0.0}
+    assert report.paper(clean) == ({}, None)
+
+
 def test_what_has_diverged_is_said_to_have():
     result = json.loads((FOLDER / "results/enc-tables-cpu-tuned.json").read_text())
     metrics = result["results"]["enc"]["metrics"]

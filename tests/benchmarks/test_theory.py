@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import integrate, optimize
 
-from benchmarks import plots, record, theory
+from benchmarks import record, report, theory, theory_plot
 
 SIGMAS = (0.1, 0.5, 1.0, 1.3, 2.0, 3.0)  # below a, at it, and on both sides of 4 a / 3
 
@@ -116,7 +116,10 @@ def test_a_run_is_a_file_of_its_own_kind_and_is_drawn(tmp_path):
     best = loaded["theory"]["best_volume"]
     np.testing.assert_allclose(uniform["volumization"]["chosen"], best, atol=0.15)
     assert min(cauchy["none"]["mean"]) > 1 > max(cauchy["volumization"]["mean"])
-    picture = plots.theory(loaded, out)
+    said = report.theory_markdown(loaded)
+    assert "**Uniform noise**" in said and "It is exact up to 4 a / 3 = 1.33" in said
+    assert "errs less than the best volumization at sigma = 1 to 3," in said
+    picture = theory_plot.draw(loaded, out)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.name == "theory-figure4-errors.png"
 
