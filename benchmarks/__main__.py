@@ -316,6 +316,19 @@ def _planned(options: argparse.Namespace, console: Console) -> tuple[dict, str]:
         return plans.run(options.target, tick), f"cost-{options.target}"
 
 
+def theory(options: argparse.Namespace, console: Console) -> int:
+    """Volumization's errors in closed form, and of students that are trained."""
+    from benchmarks import theory
+
+    _check_writable(options.out)
+    with console.status("training"):
+        result = theory.run()
+    out = options.out / f"{theory.NAME}.json"
+    record.save(result, out)
+    show(out, console)
+    return 0
+
+
 def speed(options: argparse.Namespace, console: Console) -> int:
     """Times this machine's device, or counts what a compiler plans for another."""
     from benchmarks import speed
@@ -377,12 +390,13 @@ def show(
     pictures: bool = True,
 ) -> None:
     """Table, sentences and, if asked for, plots of a result file."""
-    from benchmarks import plots
+    from benchmarks import plots, theory_plot
     from benchmarks.report import (
         cost_markdown,
         deployed_table,
         speed_markdown,
         table,
+        theory_markdown,
         verdict,
     )
 
@@ -395,6 +409,10 @@ def show(
         elif record.is_speed(result):
             say(speed_markdown(result))
             say(where)
+        elif record.is_theory(result):
+            say(theory_markdown(result))
+            say(where)
+            say(f"wrote {theory_plot.draw(result, out or file)}")
         else:
             console.print(table(result))
             for line in verdict(result):
@@ -549,6 +567,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_out(add)
     add.set_defaults(command=speed)
+
+    add = commands.add_parser(
+        "theory", help="set volumization's closed forms beside students (Figure 4)"
+    )
+    _add_out(add)
+    add.set_defaults(command=theory)
 
     add = commands.add_parser("report", help="redraw table and plots of a result")
     add.add_argument("result", type=pathlib.Path)
