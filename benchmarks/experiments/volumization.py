@@ -35,13 +35,13 @@ TABLES = Experiment(
             "dataset": "imdb",
             "noise": 0.4,
             "model": "lstm_attention",
-            "methods": _DEEP,
+            "methods": (*_DEEP, "none"),
         },
         "imdb-noise20": {
             "dataset": "imdb",
             "noise": 0.2,
             "model": "lstm_attention",
-            "methods": _DEEP,
+            "methods": (*_DEEP, "none"),
         },
         "noise80": {
             "dataset": "mnist",
