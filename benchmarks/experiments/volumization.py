@@ -362,7 +362,7 @@ QUANTIZATION = Experiment(
             "attacked": 0,
             "seeds": 2,
         },
-        ("full", "imdb"): {"seeds": 3, "attacked": 0},
+        ("full", "imdb"): {"seeds": 3, "attacked": 0, "source_epochs": None},
     },
     paper={"imdb": {}, "distributions": {}, "mnist": {}},
     note=(

@@ -117,7 +117,14 @@ _WRN = {"model": "wrn28_10", "schedule": "half"}
 _CONVEX = {"model": "wrn28_10_convex", "schedule": "half"}
 _ADVERSARIAL = {"adversarial": 0.01}
 
-_SMOKE = {"epochs": 1, "examples": 100, "seeds": 1, "trials": 1, "attacked": 0}
+_SMOKE = {
+    "epochs": 1,
+    "examples": 100,
+    "seeds": 1,
+    "trials": 1,
+    "attacked": 0,
+    "epsilons": (),
+}
 _CPU = {
     "examples": 4_000,
     "epochs": 6,
