@@ -5,11 +5,12 @@ import json
 import multiprocessing
 import random
 
+import instant
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import checkpoints, measure, part, record, runner, train
+from benchmarks import checkpoints, record, runner
 from benchmarks.settings import Settings
 
 SETTINGS = Settings.of(
@@ -30,49 +31,9 @@ class Ended(BaseException):
     """What ends a run."""
 
 
-class FakePopulation:
-    """Runs whose progress and accuracies are simple functions of seed and rate."""
-
-    trained: list[tuple[float, float, int]] = []
-
-    def __init__(self, training, arrays, mapping):
-        del training, arrays, mapping
-
-    def start(self, seeds, hyper, labels):
-        self._rates = [h["learning_rate"] for h in hyper]
-        self._seeds = np.array(seeds, float)
-        return {"state": self._seeds % 997 + np.array(self._rates)}
-
-    def epoch(self, progress):
-        state = (progress["state"] * 1.7 + 0.3) % 1
-        self.trained += zip(self._seeds, self._rates, np.round(state, 6), strict=True)
-        rows = dict.fromkeys(train.Measured._fields, state)
-        rows["gbr"] = np.stack([state] * 3, -1)
-        return {"state": state}, train.Measured(**rows)
-
-    def test(self, progress):
-        return progress["state"] / 2
-
-    def networks(self, progress):
-        return [{"params": {"kernel": np.full((2, 2), s)}} for s in progress["state"]]
-
-    def fetch(self, tree):
-        return tree
-
-    def place(self, fresh, leaves):
-        return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
-
-
 @pytest.fixture
 def faked(monkeypatch):
-    monkeypatch.setattr(part, "Population", FakePopulation)
-    monkeypatch.setattr(FakePopulation, "trained", [])
-    monkeypatch.setattr(
-        measure, "of_network", lambda run, network, *_: ({}, {"weights": {}})
-    )
-    monkeypatch.setattr(measure, "weights", lambda *_: {})
-    monkeypatch.setattr(record, "_check", lambda *_: None)
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    return instant.fake(monkeypatch)
 
 
 def content(file):
@@ -89,10 +50,10 @@ def test_ended_before_or_after_any_file_is_written_nothing_is_lost(
 ):
     whole, ended = tmp_path / "whole.json", tmp_path / "ended.json"
     runner.run(SETTINGS, whole)
-    epochs = len(FakePopulation.trained)
+    epochs = len(faked)
     assert epochs == 3 * (1 + 3 + 2 * 2)
     assert {file.name for file in tmp_path.iterdir()} == {"whole.json"}
-    FakePopulation.trained.clear()
+    faked.clear()
     moments, write = random.Random(seed), record.write
     for lives in itertools.count(1):
         left, after = moments.randint(1, 4), moments.random() < 0.5
@@ -115,7 +76,7 @@ def test_ended_before_or_after_any_file_is_written_nothing_is_lost(
     assert content(ended) == content(whole)
     assert {file.name for file in tmp_path.iterdir()} == {"whole.json", "ended.json"}
     # An epoch is repeated by a life that ended before it was kept, and by no other.
-    assert len(FakePopulation.trained) - epochs <= 2 * lives
+    assert len(faked) - epochs <= 2 * lives
 
 
 def test_in_a_piece_of_time_it_stops_at_a_checkpoint_and_goes_on(
@@ -123,8 +84,8 @@ def test_in_a_piece_of_time_it_stops_at_a_checkpoint_and_goes_on(
 ):
     whole, pieces = tmp_path / "whole.json", tmp_path / "pieces.json"
     runner.run(SETTINGS, whole)
-    epochs = sorted(FakePopulation.trained)
-    FakePopulation.trained.clear()
+    epochs = sorted(faked)
+    faked.clear()
 
     class Short(runner.Clock):
         """Time for two things."""
@@ -144,7 +105,7 @@ def test_in_a_piece_of_time_it_stops_at_a_checkpoint_and_goes_on(
         assert result["missing"]
     assert count > 4
     assert content(pieces) == content(whole)
-    assert sorted(FakePopulation.trained) == epochs  # none was repeated
+    assert sorted(faked) == epochs  # none was repeated
 
 
 def test_time_is_not_begun_with_that_does_not_suffice(monkeypatch):
