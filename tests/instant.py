@@ -1,4 +1,4 @@
-"""Comparisons whose networks take no time to train, for tests of what is around them."""
+"""Comparisons that take little time, for tests of what is around training."""
 
 import jax
 import numpy as np
@@ -47,7 +47,12 @@ def fake(monkeypatch) -> Epochs:
     trained: Epochs = []
     monkeypatch.setattr(Population, "trained", trained, raising=False)
     monkeypatch.setattr(part, "Population", Population)
-    nothing = {"weights": {}}
-    monkeypatch.setattr(measure, "of_network", lambda *_: ({}, dict(nothing)))
+    monkeypatch.setattr(measure, "of_network", lambda *_: ({}, {}))
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     return trained
+
+
+def on_one_device(monkeypatch) -> None:
+    """Trains one run after another, where a group would fill up all devices."""
+    monkeypatch.setattr(jax, "devices", lambda *_, one=jax.devices()[:1]: one)
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
