@@ -54,5 +54,6 @@ def fake(monkeypatch) -> Epochs:
 
 def on_one_device(monkeypatch) -> None:
     """Trains one run after another, where a group would fill up all devices."""
-    monkeypatch.setattr(jax, "devices", lambda *_, one=jax.devices()[:1]: one)
-    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)

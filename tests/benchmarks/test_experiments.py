@@ -71,7 +71,9 @@ def test_an_experiment_runs_in_small(name, folder, tmp_path, monkeypatch, capsys
             assert len(entry["metrics"]["last"]["seeds"]) == settings.seeds
         if settings.dataset == "cifar10":  # which no title may hide
             assert "CIFAR-10 (as JPEG)" in report.markdown(result)
-        check_page(standings.table(experiment, part, {"smoke": result}), experiment, part)
+        check_page(
+            standings.table(experiment, part, {"smoke": result}), experiment, part
+        )
 
 
 def check_page(lines, experiment, part):

@@ -290,7 +290,7 @@ def tables(monkeypatch):
     """An experiment of two parts, of which one has labels of humans."""
     shared = {"dataset": "digits", "epochs": 1, "seeds": 3, "attacked": 0}
     parts = {"human": {"noise": 0.0, "labels": "worse_label"}, "drawn": {"noise": 0.1}}
-    scales = dict.fromkeys(("smoke", "cpu"), {"methods": ("binary_paper",)})
+    scales = {scale: {"methods": ("binary_paper",)} for scale in ("smoke", "cpu")}
     both = Experiment(
         title="digits",
         shared=shared,
@@ -378,7 +378,10 @@ def test_no_part_of_an_experiment_begins_where_another_cannot(
         (["experiment", "quantization", "--minutes", "nan"], "--minutes: .* is nan"),
         (["compare", "--checkpoint-seconds", "-5"], "--checkpoint-seconds: .* is -5"),
         (["compare", "--checkpoint-seconds", "soon"], "must be a number .* is soon"),
-        (["compare", "--labels", "a.npz"], "--labels: must be F[I]LE:NAME, .* is a.npz"),
+        (
+            ["compare", "--labels", "a.npz"],
+            "--labels: must be F[I]LE:NAME, .* is a.npz",
+        ),
         (["compare", "--labels", "a.npz:"], "--labels: must be F[I]LE:NAME"),
         (["compare", "--labels", "a:b", "--noise", "0.1"], "noise must be 0 where"),
         (["compare", "--epsilons", "0.1,x"], "--epsilons: must be numbers, .* 0.1,x"),

@@ -1,5 +1,6 @@
 """A run that is ended at any moment goes on from there, to the same numbers."""
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -55,10 +56,13 @@ def test_ended_before_or_after_any_file_is_written_nothing_is_lost(
     assert {file.name for file in tmp_path.iterdir()} == {"whole.json"}
     faked.clear()
     moments, write = random.Random(seed), record.write
-    for lives in itertools.count(1):
-        left, after = moments.randint(1, 4), moments.random() < 0.5
+    lives, finished = 0, False
+    while not finished:
+        lives += 1
+        last, after = moments.randint(1, 4), moments.random() < 0.5
+        number = itertools.count(1)
 
-        def end(content, out, after=after, written=itertools.count(1), last=left):
+        def end(content, out, after=after, written=number, last=last):
             ends = next(written) == last
             if after or not ends:
                 write(content, out)
@@ -67,11 +71,8 @@ def test_ended_before_or_after_any_file_is_written_nothing_is_lost(
 
         with monkeypatch.context() as patched:
             patched.setattr(record, "write", end)
-            try:
-                runner.run(SETTINGS, ended)
-                break
-            except Ended:
-                pass
+            with contextlib.suppress(Ended):
+                finished = runner.run(SETTINGS, ended)["complete"]
     assert lives > 5
     assert content(ended) == content(whole)
     assert {file.name for file in tmp_path.iterdir()} == {"whole.json", "ended.json"}
@@ -98,12 +99,11 @@ def test_in_a_piece_of_time_it_stops_at_a_checkpoint_and_goes_on(
             self._left -= 1
             return self._left >= 0
 
-    for count in itertools.count(1):
-        result = runner.run(SETTINGS, pieces, clock=Short())
-        if result["complete"]:
-            break
-        assert result["missing"]
-    assert count > 4
+    missing = []
+    while not missing or missing[-1]:
+        missing.append(runner.run(SETTINGS, pieces, clock=Short())["missing"])
+    assert len(missing) > 4
+    assert record.load(pieces)["complete"]
     assert content(pieces) == content(whole)
     assert sorted(faked) == epochs  # none was repeated
 

@@ -90,7 +90,6 @@ def test_the_command_says_how_far_each_part_is(tmp_path, capsys):
         printed = capsys.readouterr().out
         rows = [line.replace(" ", "") for line in printed.splitlines() if "│" in line]
         assert len(rows) == len(EXPERIMENTS["weissi-table1"].parts)
-        bfloat16 = "-bfloat16" * known
         assert ("98of101│weissi3│5h0min" in rows[0]) == known, rows
-        assert rows[1].startswith(f"│weissi-table1-cpu-mlp-adversarial{bfloat16}│0of101")
+        assert "0of101" in rows[1] and ("-bfloat16│" in rows[1]) == known
         assert "notknownhere" in rows[1] and devices.described() in printed
