@@ -267,7 +267,7 @@ TABLE3 = Experiment(
         "smoke": {
             **_SMOKE,
             "model": "resnet_convex",
-            "methods": ("weissi_wrn_energy", "weissi_wrn_complexity"),
+            "methods": ("weissi_wrn_energy",),
         },
         "cpu": _CPU_WRN,
         "full": {**_FULL, "epochs": 200, "trials": 2},
