@@ -209,7 +209,8 @@ class Settings:
 
     def _check_loss(self) -> None:
         """Refuses losses of labels that are not whole."""
-        losses = {self.loss} | {METHODS[m].loss for m in self.methods} - {None}
+        own = {loss for m in self.methods if (loss := METHODS[m].loss)}
+        losses = {self.loss, *own}
         if (mixing := set(self.augment) & set(MIXING)) and losses != {"cross_entropy"}:
             raise ValueError(
                 f"augment has {', '.join(sorted(mixing))}, which mixes labels: loss "
