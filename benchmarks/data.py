@@ -124,6 +124,7 @@ class DatasetInfo:
       batch: Examples a step.
       tuning_seeds: Draws of the noise to tune on: held-out labels are noisy too.
       epsilon: Radius of the attacks, L-infinity; 0 where there is nothing to attack.
+      attacked: How many test examples are attacked, likewise.
     """
 
     title: str
@@ -137,7 +138,7 @@ class DatasetInfo:
     batch: int
     tuning_seeds: int
     epsilon: float
-    kind: str = "images"
+    attacked: int = 1000
 
 
 IMDB = Texts(hub="stanfordnlp/imdb", folder="imdb", column="text", vocabulary=20_000)
@@ -194,6 +195,7 @@ DATASETS: Mapping[str, DatasetInfo] = {
         batch=128,
         tuning_seeds=2,
         epsilon=0.0,
+        attacked=0,
     ),
     # The same with half of the words, which a CPU takes half of the time for.
     "imdb_short": DatasetInfo(
@@ -208,6 +210,7 @@ DATASETS: Mapping[str, DatasetInfo] = {
         batch=128,
         tuning_seeds=2,
         epsilon=0.0,
+        attacked=0,
     ),
     "imagenet": DatasetInfo(
         title="ImageNet",

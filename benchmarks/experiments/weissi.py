@@ -117,7 +117,14 @@ _WRN = {"model": "wrn28_10", "schedule": "half"}
 _CONVEX = {"model": "wrn28_10_convex", "schedule": "half"}
 _ADVERSARIAL = {"adversarial": 0.01}
 
-_SMOKE = {"epochs": 1, "examples": 100, "seeds": 1, "trials": 1, "attacked": 0}
+_SMOKE = {
+    "epochs": 1,
+    "examples": 100,
+    "seeds": 1,
+    "trials": 1,
+    "attacked": 0,
+    "epsilons": (),
+}
 # In small batches, without which so few examples make too few steps to learn from.
 _CPU = {
     "examples": 5_000,
@@ -268,7 +275,7 @@ TABLE3 = Experiment(
         "smoke": {
             **_SMOKE,
             "model": "resnet_convex",
-            "methods": ("weissi_wrn_energy", "weissi_wrn_complexity"),
+            "methods": ("weissi_wrn_energy",),
         },
         "cpu": _CPU_WRN,
         "full": {**_FULL, "epochs": 200, "trials": 2},
