@@ -86,8 +86,7 @@ class Part:
         Raises:
           FileNotFoundError: It was not kept here.
         """
-        content = network_file(out, "source").read_bytes()
-        kept = serialization.msgpack_restore(content)
+        kept = load_network(network_file(out, "source"))
         return robustness.Network(self.logits, kept)
 
     def _population(self, program: tuple[str, str]) -> Population:
@@ -137,3 +136,12 @@ def keep_network(network: Variables, out: pathlib.Path, name: str) -> None:
       OSError: The file cannot be written.
     """
     record.write(serialization.to_bytes(network), network_file(out, name))
+
+
+def load_network(file: pathlib.Path) -> Variables:
+    """A network that `keep_network` wrote.
+
+    Raises:
+      FileNotFoundError: It was not kept here.
+    """
+    return serialization.msgpack_restore(file.read_bytes())

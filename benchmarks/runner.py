@@ -6,6 +6,7 @@ move. So whatever ends a run, the next one goes on from the last epoch.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -25,7 +26,7 @@ from benchmarks.checkpoints import Checkpoint
 from benchmarks.data import Dataset
 from benchmarks.measure import rounded
 from benchmarks.methods import METHODS
-from benchmarks.part import Part, keep_network, network_file
+from benchmarks.part import Part, keep_network, load_network, network_file
 from benchmarks.settings import Settings
 from benchmarks.train import SENSITIVE
 
@@ -71,6 +72,32 @@ class Clock:
             return False
         self._kept = now
         return True
+
+
+@dataclasses.dataclass
+class Group:
+    """Runs that are trained together.
+
+    Attributes:
+      runs: Which ones.
+      population: That they are.
+      progress: Where they are.
+      rows: What was measured after each epoch.
+      began: When they would have, had they never been interrupted.
+      what: What the next epoch is to the clock: the first is compiled before, which a
+        program that is not known yet has to allow for.
+    """
+
+    runs: list[Run]
+    population: Any
+    progress: Any
+    rows: list[dict[str, Any]]
+    began: float
+    what: str = "first epoch"
+
+    def seconds(self) -> float:
+        """How long they have taken."""
+        return time.monotonic() - self.began
 
 
 def run(
@@ -188,75 +215,75 @@ class Runner:
 
     def _train(self, runs: list[Run], kept: Checkpoint | None) -> bool:
         """Trains some runs to their end, and says whether there was time for it."""
-        clock, program = self._clock, "-".join(runs[0].program)
-        if not clock.allows(f"start {program}"):
+        clock, role = self._clock, runs[0].role
+        if not clock.allows("start"):
             return False
-        began = time.monotonic()
-        rows = list(kept.rows) if kept else []
-        with clock.timed(f"start {program}"):
-            population, progress = self._part.start(runs)
-            if kept:
-                progress = population.place(progress, kept.leaves)
-        before = kept.seconds if kept else 0.0
-        epochs = self._epochs(runs[0])
-        # The first one is compiled before, which no other program has to foresee.
-        what = "first epoch"
-        while len(rows) < epochs:
-            if not clock.allows(what):
-                seconds = before + time.monotonic() - began
-                self._keep(population, progress, runs, rows, seconds)
+        group = self._begin(runs, kept)
+        while len(group.rows) < self._epochs(role):
+            if not clock.allows(group.what):
+                self._keep(group)
                 return False
-            with clock.timed(what):
-                progress, measured = population.epoch(progress)
-                row = dict(measured._asdict())
-                if runs[0].role == "trial" and len(rows) >= epochs - self._last():
-                    row["tested"] = population.test(progress)
-                rows.append(row)
-            what = f"epoch {program}"
-            for run in runs:
-                self._tick(METHODS[run.method].label)
-            if clock.keeps():
-                seconds = before + time.monotonic() - began
-                self._keep(population, progress, runs, rows, seconds)
-        if not clock.allows(f"measure {runs[0].role}"):
-            self._keep(
-                population, progress, runs, rows, before + time.monotonic() - began
-            )
+            self._epoch(group)
+        if not clock.allows(f"measure {role}"):
+            self._keep(group)
             return False
-        with clock.timed(f"measure {runs[0].role}"):
-            networks = self._networks(population, progress, runs)
-            seconds = (before + time.monotonic() - began) / len(runs)
-            known = {Run.of(cell).key() for cell in self._cells}
-            for i, run in enumerate(runs):
-                mine = [{name: v[i] for name, v in row.items()} for row in rows]
-                if run.key() in known:
-                    self._keep_network(networks[i], run)  # all that was missing of it
-                else:
-                    self._add(run, mine, networks[i], seconds)
-        self._save()
-        checkpoints.discard(self._out)
+        with clock.timed(f"measure {role}"):
+            self._finish(group)
         return True
 
-    def _epochs(self, run: Run) -> int:
-        if run.role == "source":
-            return self._settings.source_epochs or self._settings.epochs
-        return self._settings.epochs
+    def _begin(self, runs: list[Run], kept: Checkpoint | None) -> Group:
+        """Runs where they start, or where they were when they were kept."""
+        began = time.monotonic()
+        with self._clock.timed("start"):
+            population, progress = self._part.start(runs)
+            if kept is None:
+                return Group(runs, population, progress, [], began)
+            progress = population.place(progress, kept.leaves)
+        return Group(runs, population, progress, kept.rows, began - kept.seconds)
 
-    def _last(self) -> int:
-        return self._settings.last
+    def _epoch(self, group: Group) -> None:
+        """Trains for an epoch, and keeps the runs if it is time to."""
+        role, epochs = group.runs[0].role, self._epochs(group.runs[0].role)
+        with self._clock.timed(group.what):
+            group.progress, measured = group.population.epoch(group.progress)
+            row = dict(measured._asdict())
+            if role == "trial" and len(group.rows) >= epochs - self._settings.last:
+                row["tested"] = group.population.test(group.progress)
+        group.rows.append(row)
+        group.what = f"epoch {'-'.join(group.runs[0].program)}"
+        for run in group.runs:
+            self._tick(METHODS[run.method].label)
+        if self._clock.keeps():
+            self._keep(group)
 
-    def _keep(self, population, progress, runs, rows, seconds) -> None:
+    def _finish(self, group: Group) -> None:
+        """Makes cells of runs that have come to their end."""
+        networks = [None] * len(group.runs)
+        if group.runs[0].role != "trial":
+            networks = group.population.networks(group.progress)
+        seconds = group.seconds() / len(group.runs)
+        known = {Run.of(cell).key() for cell in self._cells}
+        for i, run in enumerate(group.runs):
+            if run.key() in known:
+                self._keep_network(networks[i], run)  # all that was missing of it
+                continue
+            rows = [{name: v[i] for name, v in row.items()} for row in group.rows]
+            self._add(run, rows, networks[i], seconds)
+        self._save()
+        checkpoints.discard(self._out)
+
+    def _epochs(self, role: str) -> int:
+        source = self._settings.source_epochs or self._settings.epochs
+        return source if role == "source" else self._settings.epochs
+
+    def _keep(self, group: Group) -> None:
         """Writes a checkpoint; all hosts have to give their runs for it."""
-        leaves = jax.tree.leaves(population.fetch(progress))
+        leaves = jax.tree.leaves(group.population.fetch(group.progress))
         if jax.process_index() == 0:
-            kept = Checkpoint(self._about, runs, leaves, rows, seconds)
+            about, seconds = self._about, group.seconds()
+            kept = Checkpoint(about, group.runs, leaves, group.rows, seconds)
             checkpoints.save(kept, self._out)
         _wait("checkpoint")
-
-    def _networks(self, population, progress, runs: list[Run]) -> list[Any]:
-        if runs[0].role == "trial":
-            return [None] * len(runs)
-        return population.networks(progress)
 
     def _add(self, run: Run, rows: list[dict], network: Any, seconds: float) -> None:
         """Makes a cell of a finished run."""
@@ -276,7 +303,7 @@ class Runner:
     def _of_trial(self, rows: list[dict]) -> dict[str, float | None]:
         """What a trial is chosen by, and accuracy on test examples, which it is not."""
         by = {"accuracy": "accuracy", "fgsm": "attacked"}[self._settings.tune_for]
-        last = rows[-self._last() :]
+        last = rows[-self._settings.last :]
         return {
             "score": rounded(np.mean([row[by] for row in last])),
             "tested": rounded(np.mean([row["tested"] for row in last])),
@@ -289,7 +316,7 @@ class Runner:
         curve = np.array([row["accuracy"] for row in rows])
         metrics = {
             "best": rounded(curve.max()),
-            "last": rounded(curve[-self._last() :].mean()),
+            "last": rounded(curve[-self._settings.last :].mean()),
         }
         curves = {"test_accuracy": curve}
         for name in ("log_energy", "complexity"):
@@ -329,7 +356,8 @@ class Runner:
                 for run in runs
                 if run.method == name
             ]
-            kept[name] = self._plan.chosen(name, self._cells), list(map(_load, files))
+            networks = [load_network(file) for file in files]
+            kept[name] = self._plan.chosen(name, self._cells), networks
         self._more["deployed"] = measure.deploy(kept, self._part.data, self._settings)
 
     def _save(self) -> dict:
@@ -352,12 +380,6 @@ class Runner:
 def _name(run: Run) -> str:
     """What a run's network is called."""
     return "source" if run.role == "source" else f"{run.method}-{run.seed}"
-
-
-def _load(file: pathlib.Path) -> Any:
-    from flax import serialization
-
-    return serialization.msgpack_restore(file.read_bytes())
 
 
 def _wait(name: str) -> None:
