@@ -312,8 +312,10 @@ def status(options: argparse.Namespace, console: Console) -> int:
     from benchmarks.status import states, table
 
     names = [options.name] if options.name and _parts_known(options) else EXPERIMENTS
-    found = states(names, options.scale, options.out, dtype=options.dtype)
-    console.print(table(found))
+    found = states(
+        names, options.scale, options.out, options.device, dtype=options.dtype
+    )
+    console.print(table(found, options.device))
     return 0
 
 
@@ -609,6 +611,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--scale", choices=SCALES, default="cpu")
     _add_dtype(add)
     _add_out(add)
+    add.add_argument(
+        "--device", help="a kind that need not be here, such as H100; default: this"
+    )
     add.set_defaults(command=status)
 
     add = commands.add_parser(

@@ -3,12 +3,15 @@
 To add a kind of accelerator, add an entry to `ACCELERATORS`.
 """
 
+import functools
 import os
 import pathlib
 import sys
+import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Accelerator(NamedTuple):
@@ -40,6 +43,19 @@ def announce() -> None:
 def described() -> str:
     """How many devices there are, and of which kind."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+@functools.cache
+def rate() -> float:
+    """Operations a second of this machine's first device, in products of float32."""
+    x = jnp.ones((1024, 1024), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    times = []
+    for _ in range(6):  # the first one compiles
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)
 
 
 def unseen(

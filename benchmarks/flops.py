@@ -29,6 +29,9 @@ _TF32 = TRAINING * 2 * 0.556e9 * 128 / 5.02e-3
 RATES: Mapping[tuple[str, str], float] = {
     ("H100", "float32"): _TF32,
     ("H100", "bfloat16"): 2 * _TF32,
+    # The same units with a faster memory.
+    ("H200", "float32"): _TF32,
+    ("H200", "bfloat16"): 2 * _TF32,
 }
 # Small networks wait for the host: MNIST with 12 trials, twice, and 5 seeds of 5
 # methods took an H100 80 s, compilation and attacks included, for 82,500 steps.

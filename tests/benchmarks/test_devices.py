@@ -38,7 +38,7 @@ def test_an_accelerator_that_jax_does_not_see_is_named(name, root):
 
 def test_a_run_says_what_it_runs_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(devices, "unseen", lambda *given: ["warning: a GPU is here"])
-    monkeypatch.setattr(cli, "_compare", lambda *given: 0)
+    monkeypatch.setattr(cli, "_fill", lambda *given: None)
     monkeypatch.setattr(cli, "show", lambda *given: None)
     monkeypatch.setattr("benchmarks.cost.run", lambda *given: {})
     experiment = ["experiment", "weissi-table1", "--parts", "mlp"]
