@@ -46,7 +46,8 @@ class LSTMAttention(nn.Module):
         ).value
         x = x.T  # time comes first, as a loop wants it
         # What is no number of a word becomes NaN, and not another word.
-        h = LSTM(self.hidden, self.dtype)(vectors.at[x].get(mode="fill"))
+        looked_up = vectors.at[x].get(mode="fill", wrap_negative_indices=False)
+        h = LSTM(self.hidden, self.dtype)(looked_up)
         score = nn.Dense(1, use_bias=False, dtype=self.dtype, name="query")
         scores = score(nn.tanh(nn.Dense(self.hidden, dtype=self.dtype, name="key")(h)))
         scores = jnp.where(x == PADDING, jnp.finfo(scores.dtype).min, scores[..., 0])

@@ -67,7 +67,8 @@ class InvertedBlock(nn.Module):
 class EfficientNetLite0(nn.Module):
     """EfficientNet-B0 without excitations and with ReLU6, as for small devices.
 
-    Windows are placed as TensorFlow does, where trained weights come from.
+    Trained weights, see `benchmarks.efficientnet`, are for images from about -1 to 1:
+    those from 0 to 1, as all networks here take, are shifted and scaled.
 
     Attributes:
       classes: Number of classes.
@@ -89,7 +90,8 @@ class EfficientNetLite0(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps images, see `as_images`, to logits of shape (batch, classes)."""
         apply = functools.partial(NORMALIZED, train=train, dtype=self.dtype)
-        h = nn.relu6(apply(as_images(x), 32, 3, 2))
+        x = (255 * as_images(x) - 127) / 128  # as TensorFlow's code does
+        h = nn.relu6(apply(x, 32, 3, 2))
         for i, (features, wider, window, strides) in enumerate(BLOCKS):
             dropout = self.dropout * i / len(BLOCKS)
             block = InvertedBlock(

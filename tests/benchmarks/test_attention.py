@@ -64,7 +64,7 @@ def test_a_text_of_padding_alone_has_logits(variables):
     assert np.all(np.isfinite(logits(variables, jnp.zeros_like(X))))
 
 
-@pytest.mark.parametrize("number", [9, 100])
+@pytest.mark.parametrize("number", [9, 100, -1])
 def test_numbers_without_a_vector_are_no_other_words(number, variables):
     got = logits(variables, X.at[0, 1].set(number))
     assert np.all(np.isnan(got[0])) and np.all(np.isfinite(got[1]))

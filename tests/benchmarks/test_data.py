@@ -53,6 +53,16 @@ def test_digits_are_what_the_entry_says(digits):
     assert not digits.constants
 
 
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_an_entry_is_of_one_kind(name):
+    """Texts and tables are rows, images are not, and nothing moves a word a little."""
+    info = data.DATASETS[name]
+    assert len(info.shape) in {"table": (1,), "text": (1,), "images": (2, 3)}[info.kind]
+    assert (info.epsilon == 0) == (info.kind == "text")
+    train, test = info.sizes
+    assert train >= test > info.classes
+
+
 def test_data_sets_are_known_by_name():
     message = "dataset must be one of digits, mnist, cifar10, .*, not 'svhn'"
     with pytest.raises(ValueError, match=message):
