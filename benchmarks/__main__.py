@@ -53,6 +53,7 @@ SETTINGS = {
     "sensitivity": (int, "training examples on which to measure GBR each epoch"),
     "loss": (str, "cross_entropy, lq (generalized), or mmc (Max-Mahalanobis centres)"),
     "source_epochs": (int, "of the network that attacks are transferred from"),
+    "resize": (int, "height and width that images are scaled to before the network"),
 }
 
 
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         return options.command(options, console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 def compare(options: argparse.Namespace, console: Console) -> int:
     """Compares methods on a data set."""
     given = {name: getattr(options, name) for name in SETTINGS}
-    for name in ("adversarial", "dtype", "data_dir", "whole"):
+    for name in ("adversarial", "dtype", "data_dir", "whole", "pretrained"):
         given[name] = getattr(options, name)
     for name in ("methods", "augment", "deploy"):
         named = getattr(options, name)
@@ -265,7 +266,9 @@ def _mapped(settings, asked: str | None):
     """
     from benchmarks.models import MODELS
 
-    once = jax.default_backend() != "cpu" and MODELS[settings.model].together
+    together = MODELS[settings.model].together
+    together = together and not DATASETS[settings.dataset].streamed
+    once = jax.default_backend() != "cpu" and together
     mapping = asked or ("vmap" if once else "devices")
     return dataclasses.replace(settings, mapping=mapping)
 
@@ -578,6 +581,11 @@ def _parser() -> argparse.ArgumentParser:
         "--whole", action="store_true", help="train final runs on all examples"
     )
     add.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="begin with trained weights that are published",
+    )
+    add.add_argument(
         "--labels",
         type=_labels,
         metavar="FILE:NAME",
@@ -700,7 +708,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "once, which is the default of networks without convolutions off CPU",
     )
     parser.add_argument(
-        "--data-dir", help="folder with NAME/train.parquet and test.parquet"
+        "--data-dir",
+        help="folder with NAME/train.parquet and test.parquet, or NAME/train/CLASS and "
+        "NAME/val/CLASS for imagenet",
     )
     parser.add_argument(
         "--minutes",

@@ -41,6 +41,10 @@ class Dataset:
     classes: int
     constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    def test_inputs(self, positions: np.ndarray) -> np.ndarray:
+        """Inputs to test with."""
+        return self.x_test[positions]
+
     def digest(self) -> str:
         """What tells these examples from all others, in the order in which they are."""
         sha256 = hashlib.sha256()
@@ -100,7 +104,7 @@ class Folder:
     Attributes:
       layout: How classes are told: ``"classes"``, each has a folder, or
         ``"annotations"``, as in Tiny ImageNet.
-      streamed: Whether they are too many for arrays, and `load` refuses them.
+      streamed: Whether they are too many for arrays, and are read again and again.
     """
 
     layout: Literal["classes", "annotations"]
@@ -139,6 +143,11 @@ class DatasetInfo:
     tuning_seeds: int
     epsilon: float
     attacked: int = 1000
+
+    @property
+    def streamed(self) -> bool:
+        """Whether inputs are files that are read as they are needed."""
+        return isinstance(self.source, Folder) and self.source.streamed
 
 
 IMDB = Texts(hub="stanfordnlp/imdb", folder="imdb", column="text", vocabulary=20_000)
@@ -319,14 +328,21 @@ def _folder(
 ) -> Dataset:
     from benchmarks import folders
 
-    if source.streamed:
-        raise ValueError(
-            f"{name} is too large for arrays; read it a batch at a time, with "
-            "training_batches and evaluation_batches of benchmarks.folders."
-        )
     train, test = folders.files(name, data_dir)
+    origin = f"files of {info.title}"
+    if source.streamed:
+        return folders.Streamed(
+            name,
+            origin,
+            train,
+            train.labels,
+            test,
+            test.labels,
+            info.classes,
+            size=info.shape[0],
+        )
     arrays = *folders.arrays(train, info.shape), *folders.arrays(test, info.shape)
-    return Dataset(name, f"files of {info.title}", *arrays, info.classes)
+    return Dataset(name, origin, *arrays, info.classes)
 
 
 def corrupt(

@@ -47,7 +47,7 @@ def _save_arrays(variables: Any, path: pathlib.Path) -> None:
 
 
 def _run_narrow(model: nn.Module, variables: Any, x: jax.Array) -> jax.Array:
-    return models.logits(model.clone(dtype=jnp.bfloat16), variables, x)
+    return models.logits(models.in_dtype(model, jnp.bfloat16), variables, x)
 
 
 def _run_unpacked(model: nn.Module, packed: Any, x: jax.Array) -> jax.Array:

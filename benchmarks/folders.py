@@ -11,18 +11,19 @@ import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
 
-from benchmarks.data import DATASETS, Folder
+from benchmarks.data import DATASETS, Dataset, Folder
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 AREA, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of a training image's crop
 WIDER = 256 / 224  # the shorter side of a test image, in sizes of its crop
 AHEAD = 2  # batches that are read while one is used
+STREAM = 2  # of random numbers: wrong labels are drawn by the same seeds in another
 
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -41,11 +42,43 @@ class Files:
     names: list[str]
     labels: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, positions: np.ndarray) -> "Files":
+        """Some of them."""
+        names = [self.names[i] for i in positions]
+        return Files(self.root, names, self.labels[positions])
+
     def digest(self) -> str:
         """What tells these names and labels from all others; images are not read."""
         sha256 = hashlib.sha256(np.ascontiguousarray(self.labels).data)
         sha256.update("\0".join(self.names).encode())
         return sha256.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed(Dataset):
+    """A classification task whose inputs are too many for arrays.
+
+    Attributes:
+      x_train: Files in the place of inputs, whose own labels are not looked at.
+      x_test: Likewise.
+      size: Of the images that are made of them, in pixels.
+    """
+
+    x_train: Files  # pyright: ignore[reportIncompatibleVariableOverride]
+    x_test: Files  # pyright: ignore[reportIncompatibleVariableOverride]
+    size: int = dataclasses.field(kw_only=True)
+
+    def test_inputs(self, positions: np.ndarray) -> np.ndarray:
+        """Images to test with, as `evaluation_batches` has them."""
+        return middles(self.x_test[positions], self.size)
+
+    def digest(self) -> str:
+        """What tells names and labels from all others; images are not read."""
+        both = self.x_train.digest() + self.x_test.digest()
+        return hashlib.sha256(both.encode()).hexdigest()
 
 
 def files(name: str, data_dir: str | None) -> tuple[Files, Files]:
@@ -162,7 +195,7 @@ def _expect_classes(names: list[str], classes: int, where: pathlib.Path) -> None
 
 def training_batches(
     files: Files, batch: int, size: int, seed: int, epoch: int, workers: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """One epoch of training images in random order, cropped and mirrored by chance.
 
     A crop has 8 to 100 % of an image's area and sides of 3:4 to 4:3, and is scaled to
@@ -188,18 +221,19 @@ def training_batches(
             f"batch must be at most {len(files.names)}, the number of training "
             f"examples, but is {batch}."
         )
-    order = np.random.default_rng([seed, epoch]).permutation(len(files.names))
+    order = np.random.default_rng([STREAM, seed, epoch]).permutation(len(files.names))
     chunks = order[: len(order) // batch * batch].reshape(-1, batch)
 
     def crop(image: PIL.Image.Image, example: int) -> PIL.Image.Image:
-        return random_crop(image, size, np.random.default_rng([seed, epoch, example]))
+        rng = np.random.default_rng([STREAM, seed, epoch, 1 + example])
+        return random_crop(image, size, rng)
 
     return _batches(files, chunks, size, crop, workers)
 
 
 def evaluation_batches(
     files: Files, batch: int, size: int, workers: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """All images in the order of files, each its middle; the last batch may be smaller.
 
     The shorter side is scaled to 256 pixels where ``size`` is 224, and as much more for
@@ -220,6 +254,12 @@ def evaluation_batches(
     order = np.arange(len(files.names))
     chunks = np.split(order, order[batch::batch])
     return _batches(files, chunks, size, lambda x, _: middle(x, size), workers)
+
+
+def middles(files: Files, size: int) -> np.ndarray:
+    """All images at once, as `evaluation_batches` has them."""
+    ((x, _),) = evaluation_batches(files, len(files), size)
+    return x
 
 
 def arrays(files: Files, shape: tuple[int, ...]) -> Batch:
@@ -247,7 +287,7 @@ def _batches(
     size: int,
     crop: Callable[[PIL.Image.Image, int], PIL.Image.Image],
     workers: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Batches of examples, of which a few are read ahead."""
     pool = ThreadPoolExecutor(workers or os.cpu_count())
 

@@ -127,7 +127,8 @@ def deploy(
 ) -> dict[str, dict]:
     """Accuracy, bytes and times of trained networks in the forms they can be run in."""
     # Each form says what it computes in, whatever the network was trained in.
-    model, x = models.make(settings.model, data.classes), jnp.asarray(data.x_test)
+    model = models.make(settings.model, data.classes, resize=settings.resize)
+    x = jnp.asarray(data.x_test)
     forms = {}
     for name, (chosen, networks) in kept.items():
         method = METHODS[name]
@@ -156,7 +157,7 @@ def attacked_examples(
     """The test examples that are attacked, the same for all networks."""
     subset = np.random.default_rng(0).permutation(len(data.y_test))
     subset = subset[: settings.attacked]
-    return data.x_test[subset], data.y_test[subset]
+    return data.test_inputs(subset), data.y_test[subset]
 
 
 def rounded(x: Any) -> float | None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from benchmarks import efficientnet
 from benchmarks.attention import LSTMAttention
 from benchmarks.networks import (
     CNN,
@@ -21,6 +22,7 @@ from benchmarks.networks import (
     EfficientNetLite0,
     NormMLP,
     NormResNet,
+    Resized,
     ResNet,
     UnstridedCNN,
 )
@@ -40,12 +42,15 @@ class Model:
       normalized: Whether a normalization follows every layer, as equivalent norms need.
       together: Whether an accelerator trains many networks at once much faster than
         one after the other, as it does where all layers are dense: these are a batch.
+      pretrained: From a fresh network's variables to trained ones that are published;
+        None where there are none. An output layer of other classes stays as it is.
     """
 
     make: Callable[[int], nn.Module]
     output: str
     normalized: bool = False
     together: bool = False
+    pretrained: Callable[[Variables], Variables] | None = None
 
 
 STEM: Any = {"window": 7, "pool": True}  # for ImageNet
@@ -238,6 +243,7 @@ MODELS: Mapping[str, Model] = {
     "efficientnet_lite0": Model(
         make=lambda classes: EfficientNetLite0(classes),
         output="Dense_0/kernel",
+        pretrained=efficientnet.pretrained,
     ),
     "lstm_attention": Model(
         make=lambda classes: LSTMAttention(classes),
@@ -247,15 +253,31 @@ MODELS: Mapping[str, Model] = {
 }
 
 
-def make(name: str, classes: int, dtype: Dtype = jnp.float32) -> nn.Module:
+def make(
+    name: str, classes: int, dtype: Dtype = jnp.float32, resize: int | None = None
+) -> nn.Module:
     """The network of that name in `MODELS`, whose layers compute in a dtype.
+
+    Args:
+      name: In `MODELS`.
+      classes: Number of classes.
+      dtype: Of the computation; parameters have float32.
+      resize: Height and width that images are scaled to before; None for as they are.
 
     Raises:
       ValueError: There is none.
     """
     if name not in MODELS:
         raise ValueError(f"model must be among {', '.join(MODELS)}, not {name!r}.")
-    return MODELS[name].make(classes).clone(dtype=dtype)
+    model = in_dtype(MODELS[name].make(classes), dtype)
+    return model if resize is None else Resized(model, resize)
+
+
+def in_dtype(model: nn.Module, dtype: Dtype) -> nn.Module:
+    """The same network, whose layers compute in a dtype."""
+    if isinstance(model, Resized):
+        return model.clone(network=in_dtype(model.network, dtype))
+    return model.clone(dtype=dtype)
 
 
 def logits(model: nn.Module, variables: Variables, x: jax.Array) -> jax.Array:
@@ -299,6 +321,8 @@ def _widened(x: jax.Array) -> jax.Array:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """A network's class and settings, for the record."""
+    if isinstance(model, Resized):
+        return {**describe(model.network), "resize": model.size}
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
     kept = {k: v for k, v in fields.items() if k not in ("parent", "name", "dtype")}
     return {"class": type(model).__name__, **kept, "dtype": fields["dtype"].__name__}

@@ -16,11 +16,13 @@ from benchmarks import labels as labels_module
 from benchmarks import models, record, robustness
 from benchmarks.cells import Run
 from benchmarks.data import Dataset
+from benchmarks.folders import Streamed
 from benchmarks.losses import LOSSES, Loss
 from benchmarks.methods import METHODS, Space
 from benchmarks.models import Variables
 from benchmarks.settings import Settings, split_of, test_examples, trained_on
-from benchmarks.train import CONSTANTS, Arrays, Labels, Population, initialize
+from benchmarks.streams import StreamedPopulation
+from benchmarks.train import CONSTANTS, Arrays, Labels, Population, Training, begin
 
 NOISE_STREAM = 1
 
@@ -41,23 +43,30 @@ class Part:
         model = settings.network(data.classes)
         loss = LOSSES[settings.loss](data.classes)
         self.logits = functools.partial(network_logits, model, loss)
-        self._populations: dict[tuple[str, str], Population] = {}
+        self._populations: dict[tuple[str, str], Any] = {}
         self.given = data.y_train
         if settings.labels is not None:
             source = f"{settings.labels_file}:{settings.labels}"
             self.given = labels_module.read(source, data)
 
+    @property
+    def width(self) -> int | None:
+        """How many runs are trained at once; None for all that share a program."""
+        if isinstance(self.data, Streamed):
+            return 1
+        return None if self.settings.mapping == "vmap" else jax.device_count()
+
     def spaces(self) -> dict[str, Space]:
         """Where each method that is tuned is searched."""
         names = [n for n in self.settings.methods if METHODS[n].fixed is None]
-        sized = any(METHODS[name].log_size for name in names)
-        params = self._untrained() if sized else None
+        sized = [name for name in names if METHODS[name].log_size]
+        params = self._untrained(sized[0]) if sized else None
         return {
             name: METHODS[name].whole_space(self.settings.optimizer, params)
             for name in names
         }
 
-    def start(self, runs: list[Run]) -> tuple[Population, Any]:
+    def start(self, runs: list[Run]) -> tuple[Any, Any]:
         """The population of some runs of one program, and where it starts."""
         population = self._population(runs[0].program)
         tuning = runs[0].role == "trial"
@@ -89,14 +98,18 @@ class Part:
         kept = load_network(network_file(out, "source"))
         return robustness.Network(self.logits, kept)
 
-    def _population(self, program: tuple[str, str]) -> Population:
+    def _population(self, program: tuple[str, str]) -> Any:
         """Of the last program only, since each holds the data on the devices."""
         if program not in self._populations:
             role, method = program
             training = self.settings.training(method, self.data, role == "trial")
-            arrays, mapping = self._arrays(role), self.settings.mapping
-            self._populations = {program: Population(training, arrays, mapping)}
+            self._populations = {program: self._populated(training, self._arrays(role))}
         return self._populations[program]
+
+    def _populated(self, training: Training, arrays: Arrays) -> Any:
+        if isinstance(self.data, Streamed):
+            return StreamedPopulation(training, arrays, self.data.size)
+        return Population(training, arrays, self.settings.mapping)
 
     def _arrays(self, role: str) -> Arrays:
         data, tuning = self.data, role == "trial"
@@ -110,11 +123,12 @@ class Part:
     def _constants(self) -> Mapping[str, Any] | None:
         return dict(self.data.constants) or None
 
-    def _untrained(self) -> Variables:
-        model = self.settings.network(self.data.classes)
-        first, constants = jnp.asarray(self.data.x_train[:1]), self._constants()
+    def _untrained(self, method: str) -> Variables:
+        training = self.settings.training(method, self.data)
+        first = jnp.asarray(self.data.test_inputs(np.arange(1)))
+        constants = self._constants()
         known = {CONSTANTS: constants} if constants else None
-        return initialize(model, 0, first, known)[0]["params"]
+        return begin(training, 0, first, known)[0]["params"]
 
 
 def network_logits(

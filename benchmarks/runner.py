@@ -185,9 +185,7 @@ class Runner:
                 return kept.runs, kept
         finals = [run for run in missing if run.role == "final"]
         again = self._networks_missing() if finals or not missing else []
-        at_once = self._settings.mapping == "vmap"
-        width = None if at_once else jax.device_count()
-        return together([*again, *missing], width), None
+        return together([*again, *missing], self._part.width), None
 
     def _networks_missing(self) -> list[Run]:
         """Runs that are cells, but whose networks are needed and not here.

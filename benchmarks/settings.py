@@ -96,6 +96,9 @@ class Settings:
       attacked: How many test examples are attacked; 0 for no attacks.
       source_epochs: Of the network that attacks are transferred from; None for as many
         as the others train.
+      resize: Height and width in pixels that images are scaled to before the network,
+        which attacks go through; None for as they are.
+      pretrained: Whether networks begin with trained weights that are published.
     """
 
     dataset: str
@@ -164,6 +167,8 @@ class Settings:
         self._check_methods()
         self._check_loss()
         self._check_attacks()
+        self._check_images()
+        self._check_streamed()
         if unknown := set(self.deploy) - set(self.methods):
             raise ValueError(
                 f"deploy must be among methods, but {', '.join(unknown)} is not."
@@ -238,6 +243,43 @@ class Settings:
                     f"moved by a little, but is {value}."
                 )
 
+    def _check_images(self) -> None:
+        """Refuses what only images, or some networks, have."""
+        info = DATASETS[self.dataset]
+        if self.resize is not None and info.kind != "images":
+            raise ValueError(
+                f"resize is for images, which {self.dataset} has none of, but is "
+                f"{self.resize}."
+            )
+        trained = [name for name, m in models.MODELS.items() if m.pretrained]
+        if self.pretrained and self.model not in trained:
+            raise ValueError(
+                f"pretrained needs trained weights: model must be among "
+                f"{', '.join(trained)}, not {self.model}."
+            )
+        if self.pretrained and info.shape[2:] != (3,):
+            raise ValueError(
+                "pretrained networks take images of three channels, but those of "
+                f"{self.dataset} have shape {info.shape}."
+            )
+
+    def _check_streamed(self) -> None:
+        """Refuses what needs all inputs as arrays where these are read as needed."""
+        if not DATASETS[self.dataset].streamed:
+            return
+        refused = {
+            "methods": [name for name in self.methods if METHODS[name].levels],
+            "deploy": self.deploy,
+            "mapping": [self.mapping] if self.mapping != "devices" else [],
+        }
+        for name, values in refused.items():
+            if values:
+                raise ValueError(
+                    f"{name} has {', '.join(values)}, which needs inputs as arrays: "
+                    f"leave it out. Those of {self.dataset} are files that are read as "
+                    "they are needed, for a network at a time."
+                )
+
     @property
     def radii(self) -> tuple[float, ...]:
         """All radii of attacks, without repetition, the main one first."""
@@ -309,7 +351,7 @@ class Settings:
 
     def network(self, classes: int) -> nn.Module:
         """What is trained and attacked."""
-        return models.make(self.model, classes, dtype=DTYPES[self.dtype])
+        return models.make(self.model, classes, DTYPES[self.dtype], self.resize)
 
     def training(self, method: str, data: Dataset, tuning: bool = False) -> Training:
         """How runs of a method are trained, and what is measured meanwhile."""
@@ -336,6 +378,9 @@ class Settings:
             distances=chosen.distances if chosen.levels else None,
             augment=self.augment,
             sensitivity=0 if tuning else self.sensitivity,
+            pretrained=(
+                models.MODELS[self.model].pretrained if self.pretrained else None
+            ),
         )
 
     def _shrink(self, data: Dataset, tuning: bool) -> optax.Schedule | None:

@@ -124,6 +124,8 @@ class Training:
         what becomes of it, if that is to be measured.
       augment: Names of augmentations.
       sensitivity: Training examples on which to measure the sensitivity to inputs.
+      pretrained: From a fresh network's variables to those that training begins with;
+        None for the fresh ones.
     """
 
     model: nn.Module
@@ -138,6 +140,7 @@ class Training:
     augment: tuple[str, ...] = ()
     sensitivity: int = 0
     loss: Loss = CROSS_ENTROPY
+    pretrained: Callable[[models.Variables], models.Variables] | None = None
 
     def logits(self, network: models.Variables, x: jax.Array) -> jax.Array:
         """What a network makes of inputs, in inference mode."""
@@ -206,16 +209,7 @@ class Population:
     ):
         self._training = training
         self._batches = arrays.x_train.shape[0] // training.batch
-        if not self._batches:
-            raise ValueError(
-                f"batch must be at most {arrays.x_train.shape[0]}, the number of "
-                f"training examples, but is {training.batch}."
-            )
-        if training.sensitivity > arrays.x_train.shape[0]:
-            raise ValueError(
-                f"sensitivity must be at most {arrays.x_train.shape[0]}, the number of "
-                f"training examples, but is {training.sensitivity}."
-            )
+        expect_enough(training, arrays.x_train.shape[0])
         if mapping not in MAPPINGS:
             raise ValueError(
                 f"mapping must be among {', '.join(MAPPINGS)}, not {mapping!r}."
@@ -236,9 +230,8 @@ class Population:
             {name: np.array([h[name] for h in hyper], np.float32) for name in hyper[0]}
         )
         self._labels = self._spread(labels)
-        model = self._training.model
         first = jax.tree.map(np.asarray, self._first)
-        rows = [initialize(model, s, first, self._constants) for s in seeds]
+        rows = [begin(self._training, s, first, self._constants) for s in seeds]
         variables, keys = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
         return self._start(
             self._spread(variables), self._spread(keys), self._hyper, self._arrays
@@ -386,6 +379,29 @@ class Population:
         """An array on the devices of all hosts, each of which has it whole."""
         sharding = NamedSharding(self._mesh, spec)
         return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+
+def expect_enough(training: Training, examples: int) -> None:
+    """Refuses more than there are examples to train on."""
+    for name in ("batch", "sensitivity"):
+        if (count := getattr(training, name)) > examples:
+            raise ValueError(
+                f"{name} must be at most {examples}, the number of training examples, "
+                f"but is {count}."
+            )
+
+
+def begin(
+    training: Training,
+    seed: int,
+    x: jax.Array,
+    constants: models.Variables | None = None,
+) -> tuple[models.Variables, jax.Array]:
+    """What a run begins with: a network as `initialize` gives it, or a trained one."""
+    variables, key = initialize(training.model, seed, x, constants)
+    if training.pretrained:
+        variables = training.pretrained(variables)
+    return variables, key
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once for all methods

@@ -10,6 +10,7 @@ from benchmarks.networks.dense import MLP, NormMLP
 from benchmarks.networks.densenet import DenseNet
 from benchmarks.networks.efficientnet import EfficientNetLite0
 from benchmarks.networks.fixup import ResNet
+from benchmarks.networks.resized import Resized
 from benchmarks.networks.resnets import NormResNet
 from benchmarks.networks.vgg import VGG
 
@@ -22,5 +23,6 @@ __all__ = [
     "NormMLP",
     "NormResNet",
     "ResNet",
+    "Resized",
     "UnstridedCNN",
 ]

@@ -163,9 +163,16 @@ def test_what_is_no_image_is_named(imagenet):
         folders.training_batches(train, 13, 8, 0, 0)
 
 
-def test_imagenet_is_no_array_and_no_hubs(imagenet):
-    with pytest.raises(ValueError, match="imagenet is too large for arrays"):
-        data.load("imagenet", str(imagenet.parent))
+def test_imagenet_is_files_instead_of_arrays_and_no_hubs(imagenet):
+    got, (train, test) = data.load("imagenet", str(imagenet.parent)), files(imagenet)
+    assert (got.x_train.names, got.x_test.names) == (train.names, test.names)
+    np.testing.assert_array_equal(got.y_train, train.labels)
+    assert got.classes == 3 and got.source == "files of ImageNet"
+    (expected,) = (x for x, _ in folders.evaluation_batches(test, 3, 224))
+    np.testing.assert_array_equal(got.test_inputs(np.array([2, 0])), expected[[2, 0]])
+    assert got.digest() == data.load("imagenet", str(imagenet.parent)).digest()
+    draw(imagenet / "train" / "n01" / "9.JPEG", 20, 20, 3)
+    assert got.digest() != data.load("imagenet", str(imagenet.parent)).digest()
     with pytest.raises(ValueError, match="imagenet has to be on this machine: pass"):
         folders.files("imagenet", None)
 

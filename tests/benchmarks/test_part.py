@@ -111,7 +111,11 @@ def test_ranges_of_energy_go_by_the_size_of_the_product(digits, monkeypatch):
     small = networks.ResNet(10, blocks=1)
     entry = dataclasses.replace(models.MODELS["resnet"], make=lambda classes: small)
     monkeypatch.setitem(models.MODELS, "resnet", entry)
-    images = dataclasses.replace(digits, x_train=digits.x_train[:1].reshape(1, 8, 8))
+    images = dataclasses.replace(
+        digits,
+        x_train=digits.x_train[:1].reshape(1, 8, 8),
+        x_test=digits.x_test.reshape(-1, 8, 8),
+    )
     variables, _ = train.initialize(small, 0, images.x_train)
     params = variables["params"]
     squares = [float(jnp.sum(p**2)) for p in jax.tree.leaves(params) if p.ndim > 1]

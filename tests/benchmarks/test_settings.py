@@ -38,6 +38,12 @@ from benchmarks.settings import COUNTS, RADII, UNLESS_NONE, Settings
         ({"deploy": ("none", "none")}, "deploy must be named once each"),
         ({"methods": ("binary",), "deploy": ("binary",)}, "begin with .* float32"),
         ({"examples": 0}, "examples must be at least 1"),
+        ({"resize": 8}, "resize is for images, which digits has none of, but is 8"),
+        ({"pretrained": True}, "model must be among efficientnet_lite0, not mlp"),
+        (
+            {"dataset": "mnist", "model": "efficientnet_lite0", "pretrained": True},
+            r"three channels, but those of mnist have shape \(28, 28\)",
+        ),
         ({"restarts": 1}, "restarts must be at least 2"),
         ({"attack_steps": 0}, "attack_steps must be at least 1"),
         ({"attacked": 0, "epsilons": (0.1,)}, "epsilons and .* where attacked is 0"),
