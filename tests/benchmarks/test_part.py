@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from benchmarks import data, models, networks, part, train
 from benchmarks.cells import TUNING_SEED, Run
@@ -107,6 +108,7 @@ def test_one_population_serves_all_runs_of_a_program(digits, started):
     assert first is again and other is not first
 
 
+@quick.everything
 def test_ranges_of_energy_go_by_the_size_of_the_product(digits, monkeypatch):
     small = networks.ResNet(10, blocks=1)
     entry = dataclasses.replace(models.MODELS["resnet"], make=lambda classes: small)
