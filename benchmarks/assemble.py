@@ -19,7 +19,7 @@ from benchmarks.settings import (
     test_examples,
     trained_on,
 )
-from benchmarks.train import ADVERSARY_STEPS, PROBES
+from benchmarks.train import ADVERSARY_STEPS, PROBES, STATISTICS_BATCHES
 
 OF_ALL = ("deployed",)  # fields that are measured of all networks together
 
@@ -76,6 +76,7 @@ def header(settings: Settings, data: Dataset) -> dict[str, Any]:
             "model": models.describe(settings.network(data.classes)),
             "adversary_steps": ADVERSARY_STEPS,
             "probes": PROBES,
+            "statistics_batches": STATISTICS_BATCHES,
             "tuning_seeds": [TUNING_SEED + i for i in range(settings.tuning_seeds)],
             "seeds": list(range(settings.seeds)),
             "source_seed": SOURCE_SEED,

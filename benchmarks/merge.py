@@ -25,7 +25,7 @@ def merge(files: Sequence[pathlib.Path]) -> dict[str, Any]:
             raise ValueError(
                 f"{file} must have cells, as comparisons that were run do."
             )
-        for name in ("settings", "data", "spaces"):
+        for name in ("settings", "fixed", "data", "spaces"):
             if _shown(result, name) != _shown(first, name):
                 raise ValueError(
                     f"{file} must be of the same comparison as {files[0]}, but differs "

@@ -244,7 +244,12 @@ def is_theory(result: dict) -> bool:
     return "simulated" in result
 
 
-def refuse_another(settings: dict, out: pathlib.Path, data: dict | None = None) -> None:
+def refuse_another(
+    settings: dict,
+    out: pathlib.Path,
+    data: dict | None = None,
+    fixed: dict | None = None,
+) -> None:
     """Refuses to write a comparison over one of other settings or other data.
 
     Files of other settings have other names, unless what a default or a paper's table
@@ -254,6 +259,7 @@ def refuse_another(settings: dict, out: pathlib.Path, data: dict | None = None) 
       settings: Of the comparison.
       out: Where it is to be written.
       data: What its file will say of the data, if these are loaded already.
+      fixed: What its file will say of what nobody can set, likewise.
 
     Raises:
       ValueError: The file is of other settings or data, or no result.
@@ -261,7 +267,8 @@ def refuse_another(settings: dict, out: pathlib.Path, data: dict | None = None) 
     if not out.exists():
         return
     known = load(out)
-    for kind, given in (("settings", settings), ("data", data or {})):
+    told = {"settings": settings, "data": data or {}, "fixed": fixed or {}}
+    for kind, given in told.items():
         old, new = known.get(kind, {}), json.loads(json.dumps(given))
         for name in sorted(old.keys() & new.keys() - {"mapping"}):
             if old[name] != new[name]:

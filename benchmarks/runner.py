@@ -155,7 +155,8 @@ class Runner:
         self._plan = Plan(settings, self._part.spaces())
         self._header = assemble.header(settings, data) | (mark or {})
         shown = self._header["settings"]
-        record.refuse_another(shown, out, self._header["data"])
+        about, fixed = self._header["data"], self._header["fixed"]
+        record.refuse_another(shown, out, about, fixed)
         kept = {k: v for k, v in shown.items() if k != "mapping"}
         self._about = json.dumps([kept, self._header["data"]], sort_keys=True)
         self._cells = record.load(out).get("cells", []) if out.exists() else []
@@ -241,11 +242,13 @@ class Runner:
 
     def _epoch(self, group: Group) -> None:
         """Trains for an epoch, and keeps the runs if it is time to."""
-        role, epochs = group.runs[0].role, self._epochs(group.runs[0].role)
+        tuning, row = group.runs[0].role == "trial", {}
+        left = self._epochs(group.runs[0].role) - len(group.rows)
         with self._clock.timed(group.what):
-            group.progress, measured = group.population.epoch(group.progress)
-            row = dict(measured._asdict())
-            if role == "trial" and len(group.rows) >= epochs - self._settings.last:
+            group.progress = group.population.train(group.progress)
+            if not tuning or left <= self._settings.last:
+                row = dict(group.population.measure(group.progress)._asdict())
+            if tuning and row:
                 row["tested"] = group.population.test(group.progress)
         group.rows.append(row)
         group.what = f"epoch {'-'.join(group.runs[0].program)}"

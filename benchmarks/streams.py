@@ -96,15 +96,14 @@ class StreamedPopulation:
         self._key = self._share(key)
         return self._start(self._share(variables), self._hyper)
 
-    def epoch(self, progress: Progress) -> tuple[Progress, Measured]:
-        """One epoch, and what is measured after it."""
+    def train(self, progress: Progress) -> Progress:
+        """One epoch, of which nothing is measured."""
         epoch = int(progress.steps) // self._batches
         batches = folders.training_batches(
             self._train, self._training.batch, self._size, self._seed, epoch
         )
         step = lambda carry, x, y: self._step(carry, x, y, self._hyper, self._key)  # noqa: E731
-        progress = self._folded(step, progress, batches)
-        return progress, self._measure(progress)
+        return self._folded(step, progress, batches)
 
     def test(self, progress: Progress) -> np.ndarray:
         """Accuracy on the test examples, of shape (1,)."""
@@ -143,7 +142,8 @@ class StreamedPopulation:
             hyper, progress.params, progress.stats, self._arrays
         )
 
-    def _measure(self, progress: Progress) -> Measured:
+    def measure(self, progress: Progress) -> Measured:
+        """What the run is like after an epoch."""
         network = self._network(progress, self._hyper)
         epsilon = self._training.epsilon
         shares = self._shares(network, self._eval, epsilon)

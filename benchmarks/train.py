@@ -163,28 +163,27 @@ class Training:
     ) -> models.Variables:
         """What the network is once training is over.
 
-        Statistics of batches are those of other weights, if these have been finished,
-        and follow them over some batches to train on.
+        Statistics of batches lag behind the weights of one run more than behind those
+        of another, and are of other weights where these have been finished. So they
+        follow over some batches to train on, with weights at rest, whatever the method.
+        Where inputs are files, they stay as they are.
         """
-        folded, constants, x = (
-            self.fold(hyper, params),
-            arrays.variables(),
-            arrays.x_train,
-        )
-        if not self.finish:
-            return {"params": folded, **stats, **constants}
-        finished = self.finish(hyper, folded)
-        if not stats:
-            return {"params": finished, **constants}
+        params = self.fold(hyper, params)
+        if self.finish:
+            params = self.finish(hyper, params)
+        constants, x = arrays.variables(), arrays.x_train
+        if not stats or not isinstance(x, jax.Array | np.ndarray):
+            return {"params": params, **stats, **constants}
         count = min(len(x) // self.batch, STATISTICS_BATCHES)
         batches = x[: count * self.batch].reshape(count, self.batch, *x.shape[1:])
 
         def follow(stats, batch):
-            network = {"params": finished, **stats, **constants}
-            return models.training_logits(self.model, network, batch)[1], None
+            network = {"params": params, **stats, **constants}
+            key = jax.random.key(0)  # of what is dropped
+            return models.training_logits(self.model, network, batch, key)[1], None
 
         stats, _ = jax.lax.scan(follow, stats, batches)
-        return {"params": finished, **stats, **constants}
+        return {"params": params, **stats, **constants}
 
 
 class Population:
@@ -219,7 +218,8 @@ class Population:
         self._constants = arrays.variables()
         self._arrays = jax.tree.map(self._share, arrays)
         self._start = self._mapped(self._start_one, mapping)
-        self._epoch = self._mapped(self._epoch_one, mapping, donate=True)
+        self._train = self._mapped(self._train_one, mapping, donate=True)
+        self._measure = self._mapped(self._measure_one, mapping)
         self._test = self._mapped(self._test_one, mapping)
         self._finish = self._mapped(self._finish_one, mapping)
 
@@ -239,10 +239,17 @@ class Population:
 
     def epoch(self, progress: Progress) -> tuple[Progress, Measured]:
         """One epoch of every run, and what is measured after it."""
-        progress, measured = self._epoch(
-            progress, self._labels, self._hyper, self._arrays
-        )
-        return progress, self.fetch(measured)
+        progress = self.train(progress)
+        return progress, self.measure(progress)
+
+    def train(self, progress: Progress) -> Progress:
+        """One epoch of every run, of which nothing is measured."""
+        return self._train(progress, self._labels, self._hyper, self._arrays)
+
+    def measure(self, progress: Progress) -> Measured:
+        """What every run is like after an epoch."""
+        labels, hyper = self._labels, self._hyper
+        return self.fetch(self._measure(progress, labels, hyper, self._arrays))
 
     def test(self, progress: Progress) -> np.ndarray:
         """Accuracy of every run on the test examples."""
@@ -296,7 +303,7 @@ class Population:
         )
         return {name: v for name, v in network.items() if name != CONSTANTS}
 
-    def _epoch_one(self, progress: Progress, labels: Labels, hyper, arrays: Arrays):
+    def _train_one(self, progress: Progress, labels: Labels, hyper, arrays: Arrays):
         tx = self._training.optimizer(hyper)
         constants = arrays.variables()
         one = functools.partial(train_step, self._training, tx, hyper)
@@ -313,14 +320,12 @@ class Population:
 
         carry = progress.params, progress.stats, progress.opt_state
         (params, stats, opt_state), _ = jax.lax.scan(step, carry, batches)
-        network = self._training.finished(hyper, params, stats, arrays)
-        measured = self._measure(network, arrays, labels, shuffle)
-        if self._training.distances:
-            layers = self._training.distances(hyper, params).values()
-            measured = measured._replace(distance=jnp.mean(jnp.stack([*layers])))
-        return Progress(params, stats, opt_state, jax.random.key_data(key)), measured
+        return Progress(params, stats, opt_state, jax.random.key_data(key))
 
-    def _measure(self, network, arrays: Arrays, labels: Labels, key) -> Measured:
+    def _measure_one(self, progress: Progress, labels: Labels, hyper, arrays: Arrays):
+        network = self._training.finished(
+            hyper, progress.params, progress.stats, arrays
+        )
         epsilon = self._training.epsilon
         logits_of = functools.partial(self._training.logits, network)
 
@@ -340,10 +345,13 @@ class Population:
         fitted, gbr = jnp.nan, jnp.full(len(SENSITIVE), jnp.nan)
         if count := self._training.sensitivity:
             first = arrays.x_train[:count], labels.train[:count]
+            key = jax.random.wrap_key_data(progress.key)
             fitted, gbr = sensitivity(logits_of, *first, key)
-        return Measured(
-            shares[0], attacked, energy, complexity, fitted, gbr, distance=jnp.nan
-        )
+        distance = jnp.nan
+        if self._training.distances:
+            layers = self._training.distances(hyper, progress.params).values()
+            distance = jnp.mean(jnp.stack([*layers]))
+        return Measured(shares[0], attacked, energy, complexity, fitted, gbr, distance)
 
     def _mapped(self, one, mapping: str, donate: bool = False):
         """A program for all runs, each device with as many of them."""

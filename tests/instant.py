@@ -22,12 +22,16 @@ class Population:
         self._seeds = np.array(seeds, float)
         return {"state": self._seeds % 997 + np.array(self._rates)}
 
-    def epoch(self, progress):
+    def train(self, progress):
         state = (progress["state"] * 1.7 + 0.3) % 1
         self.trained += zip(self._seeds, self._rates, np.round(state, 6), strict=True)
+        return {"state": state}
+
+    def measure(self, progress):
+        state = progress["state"]
         rows = dict.fromkeys(train.Measured._fields, state)
         rows["gbr"] = np.stack([state] * 3, -1)
-        return {"state": state}, train.Measured(**rows)
+        return train.Measured(**rows)
 
     def test(self, progress):
         return progress["state"] / 2

@@ -89,7 +89,9 @@ TABLES = Experiment(
             # With batch normalization, as ResNet-18 is, and no convolutions.
             ("cpu", f"cifar10-noise{n}"): {
                 "model": "mlp_norm",
-                "examples": 10_000,
+                "examples": 5_000,
+                "tested": 5_000,
+                "trials": 24,
             }
             for n in (40, 80)
         },

@@ -204,10 +204,10 @@ def test_after_an_interrupt_the_same_command_goes_on(
         if len(epoch) == epochs:
             raise KeyboardInterrupt
         epoch.append(1)
-        return instant.Population.epoch(self, progress)
+        return instant.Population.train(self, progress)
 
     class Interrupted(instant.Population):
-        epoch = interrupted
+        train = interrupted
 
     with monkeypatch.context() as patched:
         patched.setattr("benchmarks.part.Population", Interrupted)

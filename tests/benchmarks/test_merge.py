@@ -58,6 +58,7 @@ def test_files_of_several_machines_are_put_together(machines, tmp_path):
         ("settings", "epochs", "differs in settings: epochs is 7, not"),
         ("data", "sha256", "differs in data: sha256 is 7, not"),
         ("spaces", "l2", "differs in spaces: l2 is 7, not"),
+        ("fixed", "probes", "differs in fixed: probes is 7, not"),
     ],
 )
 def test_other_comparisons_are_refused(where, name, message, machines, capsys):

@@ -139,7 +139,8 @@ def test_on_any_devices_it_is_the_same_run_measured_on_all_files(folder):
         runs, loaded = population(folder, count, augment=("mixup",), **given)
         progress = runs.start([3], [hyper], Labels(loaded.y_train[None], told[None]))
         for _ in range(4):
-            progress, measured = runs.epoch(progress)
+            progress = runs.train(progress)
+        measured = runs.measure(progress)
         kernel = progress.params["Dense_0"]["kernel"]
         assert len(kernel.sharding.device_set) == count
         (network,) = runs.networks(progress)

@@ -319,16 +319,18 @@ def test_quantized_networks_are_what_is_measured(name, digits):
     assert np.all(at_levels) if method.on_the_way else not np.any(at_levels)
 
 
-def test_statistics_of_batches_follow_quantized_weights(digits):
-    chosen = Settings.of("digits", model="mlp_norm", methods=("binary",))
-    training = chosen.training("binary", digits)
+@pytest.mark.parametrize("method", ["binary", "l2"])
+def test_statistics_of_batches_follow_weights_at_rest(method, digits):
+    """Of all methods: those of some would lag behind more than those of others."""
+    chosen = Settings.of("digits", model="mlp_norm", methods=(method,))
+    training = chosen.training(method, digits)
     x = jnp.asarray(digits.x_train)
     variables, _ = train.initialize(training.model, 0, x[:1])
     stats = {"batch_stats": variables["batch_stats"]}
     hyper = {"v": 0.5, "one_minus_alpha": 0.1}
     arrays = train.Arrays(x, x)
     finished = quick.jit(training.finished)(hyper, variables["params"], stats, arrays)
-    kernel = METHODS["binary"].finish(hyper, variables["params"])["Dense_0"]["kernel"]
+    kernel = METHODS[method].finish(hyper, variables["params"])["Dense_0"]["kernel"]
     chex.assert_trees_all_equal(finished["params"]["Dense_0"]["kernel"], kernel)
     means = x @ finished["params"]["Dense_0"]["kernel"]
     got = finished["batch_stats"]["BatchNorm_0"]
