@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import sys
@@ -29,6 +30,8 @@ from benchmarks.targets import TARGETS
 
 SCALES = ("smoke", "cpu", "full")
 SIDE, ROUNDS = 1024, 200  # of what costs are measured on, by default
+# How a process finds the others that it runs together with, in the order of JAX.
+PLACE = ("coordinator", "processes", "process")
 # Of a comparison; what is not given is a default, which may depend on the data set.
 SETTINGS = {
     "noise": (float, "fraction of wrong labels"),
@@ -79,9 +82,9 @@ def compare(options: argparse.Namespace, console: Console) -> int:
     for name in ("methods", "augment", "deploy"):
         named = getattr(options, name)
         given[name] = None if named is None else tuple(filter(None, named.split(",")))
-    given["epsilons"] = _radii(options.epsilons)
+    given["epsilons"] = options.epsilons
     if options.labels is not None:
-        given["labels_file"], _, given["labels"] = options.labels.rpartition(":")
+        given["labels_file"], given["labels"] = options.labels
         given["noise"] = given["noise"] or 0.0
     _prepare(options)
     from benchmarks.settings import Settings
@@ -137,8 +140,7 @@ def _parts(options: argparse.Namespace) -> list[tuple[Any, pathlib.Path, dict]]:
     """
     from benchmarks.settings import Settings
 
-    chosen = EXPERIMENTS[options.name]
-    known = chosen.parts_at(options.scale)
+    chosen, known = EXPERIMENTS[options.name], _parts_known(options)
     parts = options.parts.split(",") if options.parts else list(known)
     if unknown := set(parts) - set(known):
         raise ValueError(
@@ -146,9 +148,13 @@ def _parts(options: argparse.Namespace) -> list[tuple[Any, pathlib.Path, dict]]:
         )
     how = {"data_dir": options.data_dir, "labels_file": options.labels}
     how["dtype"] = options.dtype
+    every = {
+        part: Settings.of(**chosen.settings(part, options.scale) | how)
+        for part in parts
+    }
+    _check_labels(options, [part for part, s in every.items() if s.labels])
     runs = []
-    for part in parts:
-        settings = Settings.of(**chosen.settings(part, options.scale) | how)
+    for part, settings in every.items():
         settings = _mapped(settings, options.mapping)
         words = [options.name, options.scale, part]
         words += [settings.dtype] * (settings.dtype != "float32")
@@ -159,16 +165,37 @@ def _parts(options: argparse.Namespace) -> list[tuple[Any, pathlib.Path, dict]]:
     return runs
 
 
+def _parts_known(options: argparse.Namespace) -> tuple[str, ...]:
+    """The parts that an experiment has at the scale, of which there are some."""
+    chosen = EXPERIMENTS[options.name]
+    if not (known := chosen.parts_at(options.scale)):
+        scales = ", ".join(scale for scale in SCALES if chosen.parts_at(scale))
+        raise ValueError(
+            f"--scale must be among {scales} for {options.name}, not {options.scale}."
+        )
+    return known
+
+
+def _check_labels(options: argparse.Namespace, human: list[str]) -> None:
+    """Refuses labels that no part reads, and parts whose labels are nowhere."""
+    if human and options.labels is None:
+        raise ValueError(
+            f"{', '.join(human)} of {options.name} must have the labels that people "
+            "gave: pass --labels FILE, such as cifar10n_labels.npz, or other --parts."
+        )
+    if options.labels is not None and not human:
+        raise ValueError(
+            f"--labels must be left out: no part of {options.name} that is asked for "
+            "has labels that people gave."
+        )
+
+
 def _shown(settings) -> dict[str, Any]:
     """What a file says of settings."""
     from benchmarks.settings import PLACES
 
     kept = dataclasses.asdict(settings)
     return {name: value for name, value in kept.items() if name not in PLACES}
-
-
-def _radii(text: str | None) -> tuple[float, ...] | None:
-    return None if text is None else tuple(map(float, filter(None, text.split(","))))
 
 
 def _clock(options: argparse.Namespace):
@@ -180,10 +207,23 @@ def _clock(options: argparse.Namespace):
 def _prepare(options: argparse.Namespace) -> None:
     """Makes each core a device, or this process one of several that run together."""
     _spread_over_cores()
-    if options.coordinator:
-        jax.distributed.initialize(
-            options.coordinator, options.processes, options.process
+    place = [getattr(options, name) for name in PLACE]
+    if place == [None] * len(PLACE):
+        return
+    if None in place:
+        raise ValueError(
+            f"{', '.join(f'--{name}' for name in PLACE)} must be given all or none, "
+            f"but --{PLACE[place.index(None)]} is not."
         )
+    if options.process >= options.processes:
+        raise ValueError(
+            f"--process must be less than --processes, which is {options.processes}, "
+            f"but is {options.process}."
+        )
+    try:
+        jax.distributed.initialize(*place)
+    except RuntimeError as error:  # of JAX, whatever went wrong
+        raise OSError(f"--coordinator {place[0]} cannot be joined: {error}") from error
 
 
 def merge(options: argparse.Namespace, console: Console) -> int:
@@ -194,7 +234,9 @@ def merge(options: argparse.Namespace, console: Console) -> int:
     for file in options.results:
         by_name.setdefault(file.name, []).append(file)
     for name, files in by_name.items():
-        result = merge(files)
+        # What stands where the result goes is one of them: none of its cells is lost.
+        there = [options.out / name] * (options.out / name).exists()
+        result = merge([*files, *there])
         record.save(result, options.out / name)
         done = len(result["cells"])
         console.print(
@@ -272,7 +314,7 @@ def status(options: argparse.Namespace, console: Console) -> int:
     _spread_over_cores()
     from benchmarks.status import states, table
 
-    names = [options.name] if options.name else list(EXPERIMENTS)
+    names = [options.name] if options.name and _parts_known(options) else EXPERIMENTS
     found = states(names, options.scale, options.out, dtype=options.dtype)
     console.print(table(found))
     return 0
@@ -452,13 +494,55 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _count(text: str) -> int:
+def _whole(least: int, text: str) -> int:
     """An argument that counts something."""
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
         raise argparse.ArgumentTypeError(
-            f"must be a whole number of at least 1, but is {text}."
+            f"must be a whole number of at least {least}, but is {text}."
         )
     return int(text)
+
+
+_count = functools.partial(_whole, 1)
+
+
+def _time(text: str) -> float:
+    """An argument that is a time, in whatever unit."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (time := float(text)) < math.inf:
+            return time
+    raise argparse.ArgumentTypeError(
+        f"must be a number of at least 0 and finite, but is {text}."
+    )
+
+
+def _radii(text: str) -> tuple[float, ...]:
+    """An argument of several radii."""
+    try:
+        return tuple(map(float, filter(None, text.split(","))))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be numbers, separated by commas, but is {text}."
+        ) from error
+
+
+def _labels(text: str) -> tuple[str, str]:
+    """An argument that is a file and the name of an array in it."""
+    file, _, name = text.rpartition(":")
+    if not (file and name):
+        raise argparse.ArgumentTypeError(
+            f"must be FILE:NAME, such as cifar10n_labels.npz:worse_label, but is "
+            f"{text}."
+        )
+    return file, name
+
+
+def _address(text: str) -> str:
+    """An argument that is where a process listens."""
+    host, _, port = text.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT, but is {text}.")
+    return text
 
 
 def _folder(text: str) -> pathlib.Path:
@@ -488,7 +572,9 @@ def _parser() -> argparse.ArgumentParser:
         help="train on examples that PGD has moved by at most this (0.01)",
     )
     add.add_argument("--methods", help="separated by commas; see benchmarks/methods.py")
-    add.add_argument("--epsilons", help="further radii, separated by commas")
+    add.add_argument(
+        "--epsilons", type=_radii, help="further radii, separated by commas"
+    )
     add.add_argument(
         "--whole", action="store_true", help="train final runs on all examples"
     )
@@ -499,6 +585,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.add_argument(
         "--labels",
+        type=_labels,
         metavar="FILE:NAME",
         help="labels that people gave, in an .npz with clean_label and NAME",
     )
@@ -622,23 +709,28 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=_time,
         help="stop in time at a checkpoint; the same command goes on from there",
     )
     parser.add_argument(
         "--checkpoint-seconds",
-        type=float,
+        type=_time,
         default=0.0,
         help="between checkpoints at least; default: one after every epoch",
     )
     parser.add_argument(
         "--coordinator",
+        type=_address,
         metavar="HOST:PORT",
         help="of several processes, each with the same command and a --process of its "
         "own, whose devices share the runs; --out must be a folder that all see",
     )
     parser.add_argument("--processes", type=_count, help="how many they are")
-    parser.add_argument("--process", type=int, help="which one this is, from 0")
+    parser.add_argument(
+        "--process",
+        type=functools.partial(_whole, 0),
+        help="which one this is, from 0",
+    )
     _add_out(parser)
 
 

@@ -128,6 +128,7 @@ class DatasetInfo:
       batch: Examples a step.
       tuning_seeds: Draws of the noise to tune on: held-out labels are noisy too.
       epsilon: Radius of the attacks, L-infinity; 0 where there is nothing to attack.
+      attacked: How many test examples are attacked, likewise.
     """
 
     title: str
@@ -141,6 +142,7 @@ class DatasetInfo:
     batch: int
     tuning_seeds: int
     epsilon: float
+    attacked: int = 1000
 
     @property
     def streamed(self) -> bool:
@@ -202,6 +204,7 @@ DATASETS: Mapping[str, DatasetInfo] = {
         batch=128,
         tuning_seeds=2,
         epsilon=0.0,
+        attacked=0,
     ),
     # The same with half of the words, which a CPU takes half of the time for.
     "imdb_short": DatasetInfo(
@@ -216,6 +219,7 @@ DATASETS: Mapping[str, DatasetInfo] = {
         batch=128,
         tuning_seeds=2,
         epsilon=0.0,
+        attacked=0,
     ),
     "imagenet": DatasetInfo(
         title="ImageNet",

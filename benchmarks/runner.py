@@ -224,9 +224,13 @@ class Runner:
         with clock.timed(f"measure {runs[0].role}"):
             networks = self._networks(population, progress, runs)
             seconds = (before + time.monotonic() - began) / len(runs)
+            known = {Run.of(cell).key() for cell in self._cells}
             for i, run in enumerate(runs):
                 mine = [{name: v[i] for name, v in row.items()} for row in rows]
-                self._add(run, mine, networks[i], seconds)
+                if run.key() in known:
+                    self._keep_network(networks[i], run)  # all that was missing of it
+                else:
+                    self._add(run, mine, networks[i], seconds)
         self._save()
         checkpoints.discard(self._out)
         return True
@@ -265,8 +269,7 @@ class Runner:
         known = self._header
         where = {name: known[name] for name in ENVIRONMENT if name in known}
         measured = {"metrics": metrics, **more, "seconds": round(seconds, 1), **where}
-        others = [c for c in self._cells if Run.of(c).key() != run.key()]
-        self._cells = [*others, cell | measured]
+        self._cells = [*self._cells, cell | measured]
 
     def _of_trial(self, rows: list[dict]) -> dict[str, float | None]:
         """What a trial is chosen by, and accuracy on test examples, which it is not."""
@@ -333,6 +336,7 @@ class Runner:
         more = {k: old[k] for k in assemble.OF_ALL if k in old} | self._more
         result = assemble.result(self._header, self._plan, self._cells, self._settings)
         result |= more
+        result["complete"] &= "deployed" in result or not self._settings.deploy
         if jax.process_index() == 0:
             record.save(result, self._out)
             if result["complete"]:

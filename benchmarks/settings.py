@@ -21,7 +21,7 @@ from benchmarks.methods import BASES, METHODS
 from benchmarks.train import MAPPINGS, Training
 
 # What a data set has a default of its own for.
-DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon")
+DEFAULTS = ("model", "epochs", "batch", "tuning_seeds", "epsilon", "attacked")
 
 # Where the learning rate is divided by ten, in shares of all steps.
 DROPS = {
@@ -126,7 +126,7 @@ class Settings:
     tested: int | None = None
     epsilon: float
     epsilons: tuple[float, ...] = ()
-    attacked: int = 1000
+    attacked: int
     attack_steps: int = 20
     restarts: int = 3
     source_epochs: int | None = None
@@ -214,7 +214,8 @@ class Settings:
 
     def _check_loss(self) -> None:
         """Refuses losses of labels that are not whole."""
-        losses = {self.loss} | {METHODS[m].loss for m in self.methods} - {None}
+        own = {loss for m in self.methods if (loss := METHODS[m].loss)}
+        losses = {self.loss, *own}
         if (mixing := set(self.augment) & set(MIXING)) and losses != {"cross_entropy"}:
             raise ValueError(
                 f"augment has {', '.join(sorted(mixing))}, which mixes labels: loss "
@@ -222,7 +223,12 @@ class Settings:
             )
 
     def _check_attacks(self) -> None:
-        """Refuses attacks on what is no point of [0, 1]."""
+        """Refuses attacks on what is no point of [0, 1], and what no attack needs."""
+        if not self.attacked and (self.epsilons or self.source_epochs):
+            raise ValueError(
+                "epsilons and source_epochs must be left out where attacked is 0, but "
+                f"are {self.epsilons} and {self.source_epochs}."
+            )
         if DATASETS[self.dataset].kind != "text":
             return
         for name, meant in (

@@ -125,6 +125,6 @@ def _by_operations(settings: Settings, method: str) -> float | None:
 def _time(s: State) -> str:
     if s.seconds is None:
         return "not known here"
-    hours, seconds = divmod(s.seconds, 3600)
-    text = f"{hours:.0f} h {seconds / 60:.0f} min" if hours else f"{seconds:.0f} s"
+    hours, minutes = divmod(round(s.seconds / 60), 60)
+    text = f"{hours} h {minutes} min" if hours else f"{s.seconds:.0f} s"
     return text if s.measured or not s.seconds else f"{text}, by its operations"

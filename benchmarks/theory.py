@@ -24,7 +24,7 @@ NOISES: dict[str, Noise] = {
     "uniform": lambda rng, shape: rng.uniform(-1, 1, shape),
     "cauchy": lambda rng, shape: rng.standard_cauchy(shape),
 }
-RATE, STEPS = 0.75, 20  # of gradient descent, after which 1e-12 of the way is left
+RATE, DESCENT = 0.75, 20  # of gradient descent, after which 1e-12 of the way is left
 
 
 def volumized_error(volume: Any, sigma: Any, a: float = 1.0) -> np.ndarray:
@@ -102,7 +102,7 @@ def trained(x: jax.Array, y: jax.Array, volume: Any, decay: Any) -> jax.Array:
         return (optax.apply_updates(w, updates), state), None
 
     start = jnp.zeros(x.shape[1], x.dtype)
-    (w, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=STEPS)
+    (w, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=DESCENT)
     return jnp.asarray(w)
 
 
@@ -167,7 +167,7 @@ def run(
             "a": a,
             "parameters": parameters,
             "rate": RATE,
-            "steps": STEPS,
+            "steps": DESCENT,
             "seeds": list(range(seeds)),
             "tuning_seeds": list(range(seeds, 2 * seeds)),
             "sigmas": _rounded(sigma),

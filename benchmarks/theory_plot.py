@@ -8,7 +8,7 @@ from benchmarks.plots import COLOURS, plt, save
 from benchmarks.theory import volumized_error
 
 # Colour, marker and name of what theory and simulation compare.
-METHODS = {
+ROWS = {
     "none": (COLOURS[0], "o", "no regularization"),
     "weight_decay": (COLOURS[1], "s", "best weight decay"),
     "volumization": (COLOURS[2], "D", "best volumization"),
@@ -48,7 +48,7 @@ def _errors_over_noise(axes, result: dict, noise: str) -> None:
     """The zero model's error, and each method's as measured."""
     x, y = result["settings"]["sigmas"], result["theory"]["constant"]
     axes.plot(x, y, color="#999999", label="zero model")
-    for key, (colour, marker, name) in METHODS.items():
+    for key, (colour, marker, name) in ROWS.items():
         found = result["simulated"][noise][key]
         if min(found["mean"]) > axes.get_ylim()[1]:
             continue  # the bars alone would be seen, as lines from below to above
@@ -68,7 +68,7 @@ def _errors_over_noise(axes, result: dict, noise: str) -> None:
 def _closed_forms(axes, result: dict) -> None:
     """Every method's error under uniform noise, and the paper's beyond its range."""
     x, known = result["settings"]["sigmas"], result["theory"]
-    for key, (colour, _, name) in METHODS.items():
+    for key, (colour, _, name) in ROWS.items():
         axes.plot(x, known[key], color=colour, label=f"{name}, closed form")
     axes.plot(
         x, known["printed"], ":", color=COLOURS[2], label="volumization, as printed"

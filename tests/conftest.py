@@ -47,6 +47,19 @@ def kept_programs(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
+@pytest.fixture(autouse=True)
+def hurry(request):
+    """Compiles in a hurry what `quick.everything` marks."""
+    mark = request.node.get_closest_marker("hurry")
+    if mark is None:
+        yield
+        return
+    import quick  # compiles, which takes the devices' number for settled
+
+    with quick.context(*mark.args):
+        yield
+
+
 @pytest.fixture
 def full_precision():
     """What formulas of networks are compared at, which a GPU's default is not."""

@@ -2,12 +2,18 @@
 
 The code is worse, the formulas are the same: for tests of formulas with a tolerance.
 Tests of bits compile as users do.
+
+`jit` compiles one program so. A test, or a module of tests, that `everything` marks
+compiles all of its programs so: also those that each operation outside of a `jit` is,
+and those that the library makes. In such a module `bits` marks tests of bits.
 """
 
 import functools
 from typing import Any
 
 import jax
+import pytest
+from jax._src import compiler
 
 
 def _known(name: str, value: Any) -> bool:
@@ -30,3 +36,26 @@ OPTIONS = {
 }
 
 jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+
+everything = pytest.mark.hurry(True)
+bits = pytest.mark.hurry(False)
+
+# JAX keeps programs apart that were compiled inside and outside of a context, so that
+# no test of bits gets one that another test has compiled in a hurry.
+context = jax.make_user_context(False)
+
+
+def _hurried(options_of):
+    """JAX has no options for all programs that would be read after its start."""
+
+    @functools.wraps(options_of)
+    def options(*args, env_options_overrides=None, **kwargs):
+        given = env_options_overrides or {}
+        if context.value:
+            given = OPTIONS | given
+        return options_of(*args, env_options_overrides=given, **kwargs)
+
+    return options
+
+
+compiler.get_compile_options = _hurried(compiler.get_compile_options)

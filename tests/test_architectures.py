@@ -18,6 +18,8 @@ from traced import check, short
 
 import weightreg as wr
 
+pytestmark = quick.everything
+
 RATE, MOMENTUM, SHARE, V = 0.1, 0.9, 0.99, 0.5
 ENERGY, COMPLEXITY = 1e-3, 1e-3
 BOX = wr.he_volume(V)
@@ -176,6 +178,7 @@ def test_every_layer_gets_the_same_norm(case):
     assert_close(quick.jit(enc)(params), equalized(params, built.table))
 
 
+@quick.bits
 @pytest.mark.parametrize("levels", ["binary", "ternary"])
 def test_packed_weights_are_at_their_levels(case, levels):
     built, net, params, _ = case

@@ -72,6 +72,7 @@ def boxed(tree):
     return sum(is_box(n) and jnp.shape(jax.tree.leaves(n)[0]) == shape for n in nodes)
 
 
+@quick.everything
 @pytest.mark.parametrize("kind", BOXED)
 def test_shardings_by_the_names_of_axes_fit_all_that_is_made(kind, cpu_mesh):
     make, shardings_of = BOXED[kind]

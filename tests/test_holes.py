@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
+
+pytestmark = quick.everything
 
 HOLE = optax.MaskedNode()
 DENSE = {"kernel": 2 * jnp.eye(3), "bias": jnp.ones(3)}

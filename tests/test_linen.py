@@ -132,6 +132,7 @@ class Network(nn.Module):
         return blocks()(h, None)[0]
 
 
+@quick.everything
 def test_under_scan_the_logits_are_stacked_and_still_no_weight():
     params = Network().init(KEY, H)["params"]
     (block,) = params.values()
@@ -159,6 +160,7 @@ def test_under_scan_the_logits_are_stacked_and_still_no_weight():
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@quick.everything
 @pytest.mark.usefixtures("full_precision")
 def test_scanned_blocks_equal_a_loop():
     params = Network().init(KEY, H)["params"]
@@ -175,6 +177,7 @@ def test_scanned_blocks_equal_a_loop():
     np.testing.assert_allclose(got, h, rtol=1e-4, atol=1e-5)
 
 
+@quick.everything
 def test_lifted_vmap_and_remat():
     mapped = nn.vmap(
         ConvexSum, variable_axes={"params": 0}, split_rngs={"params": True}
@@ -245,6 +248,7 @@ def test_the_network_runs_on_mapped_weights_and_stores_others(learn):
         chex.assert_trees_all_equal(stats["batch_stats"]["module"], want["layers_0"])
 
 
+@quick.everything
 def test_gradients_flow_through_the_map():
     ours = EquivalentNorm(WithStatistics(), LEARN)
     variables = ours.init(KEY, IMAGES)
@@ -268,6 +272,7 @@ def apply_init(module, *args):
     return module.apply(module.init(KEY, *args), *args)
 
 
+@quick.everything
 @pytest.mark.usefixtures("full_precision")
 def test_layers_in_a_network_are_wrapped_one_by_one():
     class Outer(nn.Module):
@@ -307,6 +312,7 @@ def test_layers_in_a_network_are_wrapped_one_by_one():
     np.testing.assert_allclose(grads["params"]["b"]["log_alpha"], slope, rtol=1e-4)
 
 
+@quick.everything
 @pytest.mark.parametrize("norm", [wr.equivalent_norm(), LEARN])
 def test_lifted_transformations_around(norm):
     x = IMAGES[:, 0, 0]
@@ -370,6 +376,7 @@ def test_what_cannot_be_wrapped_or_folded_is_refused():
 ZEROS, ONES = nn.initializers.zeros, nn.initializers.ones
 
 
+@quick.everything
 @pytest.mark.parametrize(
     ("init", "scope", "center", "warns"),
     [
@@ -409,6 +416,7 @@ def test_layers_that_start_at_zero_are_warned_of(init, scope, center, warns):
     model.apply(variables, x)  # warns no more
 
 
+@quick.everything
 def test_zeros_are_warned_of_only_where_they_are_known_and_mapped():
     dense, x = nn.Dense(3, kernel_init=ZEROS), jnp.ones((1, 2))
     jax.jit(EquivalentNorm(dense).init)(KEY, x)
@@ -455,6 +463,7 @@ def test_training_under_jit_and_scan():
     np.testing.assert_allclose(jnp.sum(folded**2), 1.0, rtol=1e-5)
 
 
+@quick.everything
 def test_scanned_layers_are_mapped_one_by_one():
     class Block(nn.Module):
         @nn.compact

@@ -161,7 +161,10 @@ def alone(name):
 
 
 @TYPES
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ELEMENTWISE else pytest.param(n, marks=quick.everything) for n in LINKS],
+)
 def test_no_weight_moves_between_devices_in_a_step(name, axis_type, cpu_mesh):
     """States and updates are split as the weights are, and are those of one device."""
     (tx, most), mesh = LINKS[name], cpu_mesh((4, 2), ("data", "model"), axis_type)
@@ -180,6 +183,7 @@ def test_no_weight_moves_between_devices_in_a_step(name, axis_type, cpu_mesh):
         close((updates, after), alone(name))
 
 
+@quick.everything
 @TYPES
 @pytest.mark.parametrize("name", MAPS)
 def test_no_weight_moves_between_devices_in_a_map(name, axis_type, cpu_mesh):

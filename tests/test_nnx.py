@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import quick
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers as Dims
 
@@ -106,6 +107,7 @@ def stacked():
     return nnx.vmap(Block, in_axes=0, out_axes=0)(keys)
 
 
+@quick.everything
 def test_under_vmap_the_logits_are_stacked_and_still_no_weight():
     state = nnx.state(stacked(), nnx.Param)
     logits = state["sum"]["convex_logits"][...]
@@ -139,6 +141,7 @@ def test_scanned_blocks_equal_a_loop():
     np.testing.assert_allclose(forward(H, blocks), h, rtol=1e-4, atol=1e-5)
 
 
+@quick.everything
 def test_training_learns_the_balance():
     """Towards 0.8 of one branch, by Adam under volumization, which leaves it alone."""
     target = 0.8 * H + 0.2 * R
@@ -160,6 +163,7 @@ def test_training_learns_the_balance():
     np.testing.assert_allclose([a, b], [0.8, 0.2], atol=5e-3)
 
 
+@quick.everything
 def test_training_a_stack_leaves_the_box_to_the_weights():
     blocks = stacked()
     tx = optax.chain(optax.sgd(0.01), wr.volumize(0.1, 0.0))
@@ -231,6 +235,7 @@ def loss(model, x):
     return jnp.sum(jnp.sin(model(x)))
 
 
+@quick.everything
 @pytest.mark.parametrize("learn", [False, True])
 def test_no_call_touches_the_stored_parameters(learn):
     model = make(learn=learn)
@@ -375,6 +380,7 @@ def test_gradients_flow_through_the_map_to_what_is_stored():
     )
 
 
+@quick.everything
 def test_an_optimizer_trains_it():
     model = make(learn=True)
     tx = optax.chain(wr.add_shifted_l2(1e-4, 1e-3), optax.sgd(0.05))
@@ -423,6 +429,7 @@ def test_scanned_layers():
     chex.assert_trees_all_equal(params_of(layers), before)
 
 
+@quick.everything
 def test_saved_and_restored_by_orbax(tmp_path):
     model, other = make(learn=True), make(learn=True, alpha=3.0)
     model(IMAGES)
@@ -481,6 +488,7 @@ class Mixed(nnx.Module):
         return self.attention(x[None])[0] @ self.own[...]
 
 
+@quick.everything
 def test_modules_run_from_bits():
     model = Mixed(nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)

@@ -97,6 +97,7 @@ def leaves(name, kind):
     return [known()[f"{name}/{kind}/{i}"] for i in range(count)]
 
 
+@quick.everything
 @pytest.mark.parametrize("load", [from_bytes, from_checkpoint])
 def test_states_load_and_go_on(load):
     for name, saved in load().items():
@@ -269,13 +270,19 @@ RESTORED_ON = [
 
 
 @jax.jit
+def step(runs):
+    """A step of every run from its parameters and its state."""
+    stepped = {}
+    for name, (params, state) in runs.items():
+        grads = jax.tree.map(jnp.sin, params)
+        updates, state = RUNS[name].update(grads, state, params)
+        stepped[name] = optax.apply_updates(params, updates), state
+    return stepped
+
+
 def steps(runs):
-    """Three steps of every run from its parameters and its state."""
     for _ in range(3):
-        for name, (params, state) in runs.items():
-            grads = jax.tree.map(jnp.sin, params)
-            updates, state = RUNS[name].update(grads, state, params)
-            runs = runs | {name: (optax.apply_updates(params, updates), state)}
+        runs = step(runs)
     return runs
 
 

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import quick
 
 import weightreg as wr
 
 HOME = pathlib.Path(wr.__file__).parent
+INSIDE = f"{HOME}/"  # spelled out once, since every call of any function asks
 
 
 def network(size):
@@ -67,7 +69,7 @@ MOST = {"pack": 7}  # which is no transformation, and 6 for all others
 
 def is_ours(code):
     """Whether code is a function of the library; modules' own bodies are none."""
-    return code.co_filename.startswith(f"{HOME}/") and code.co_name != "<module>"
+    return code.co_filename.startswith(INSIDE) and code.co_name != "<module>"
 
 
 def files_of(frame):
@@ -81,6 +83,7 @@ def files_of(frame):
     return files[::-1]
 
 
+@quick.everything
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_runs_through_few_files_and_only_downwards(name):
     ran, upwards = set(), set()

@@ -17,6 +17,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import weightreg as wr
 
+pytestmark = quick.everything
+
 BASES = {
     "sgd": functools.partial(optax.sgd, momentum=0.9),
     "adam": optax.adam,
@@ -312,6 +314,7 @@ def test_apply_if_finite_inside_and_around():
         chex.assert_trees_all_close(p, expected, rtol=1e-6)
 
 
+@quick.bits
 def test_a_step_that_is_accepted_though_not_finite_is_volumized():
     """After too many errors in a row ``apply_if_finite`` gives up."""
     params = {"kernel": jnp.full((2, 2), 2.0)}

@@ -35,13 +35,13 @@ TABLES = Experiment(
             "dataset": "imdb",
             "noise": 0.4,
             "model": "lstm_attention",
-            "methods": _DEEP,
+            "methods": (*_DEEP, "none"),
         },
         "imdb-noise20": {
             "dataset": "imdb",
             "noise": 0.2,
             "model": "lstm_attention",
-            "methods": _DEEP,
+            "methods": (*_DEEP, "none"),
         },
         "noise80": {
             "dataset": "mnist",
@@ -82,11 +82,9 @@ TABLES = Experiment(
         ("smoke", "imdb-noise40"): {
             "dataset": "imdb_short",
             "tested": 5_000,
-            "methods": ("none_adam", "l2_5e-3_adam"),
+            "methods": ("l2_5e-3_adam",),
         },
-        ("smoke", "noise80"): {
-            "methods": ("none_adam", "l2_5e-3_adam", "l2", "lq_adam", "ternary_paper")
-        },
+        ("smoke", "noise80"): {"methods": ("l2", "lq_adam", "ternary_paper")},
         **{
             # With batch normalization, as ResNet-18 is, and no convolutions.
             ("cpu", f"cifar10-noise{n}"): {
@@ -362,7 +360,7 @@ QUANTIZATION = Experiment(
             "attacked": 0,
             "seeds": 2,
         },
-        ("full", "imdb"): {"seeds": 3, "attacked": 0},
+        ("full", "imdb"): {"seeds": 3, "attacked": 0, "source_epochs": None},
     },
     paper={"imdb": {}, "distributions": {}, "mnist": {}},
     note=(

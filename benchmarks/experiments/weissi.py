@@ -117,19 +117,28 @@ _WRN = {"model": "wrn28_10", "schedule": "half"}
 _CONVEX = {"model": "wrn28_10_convex", "schedule": "half"}
 _ADVERSARIAL = {"adversarial": 0.01}
 
-_SMOKE = {"epochs": 1, "examples": 100, "seeds": 1, "trials": 1, "attacked": 0}
-_CPU = {
-    "examples": 4_000,
-    "epochs": 6,
-    "seeds": 5,
-    "trials": 40,
-    "attacked": 100,
-    "restarts": 2,
-    "source_epochs": 2,
+_SMOKE = {
+    "epochs": 1,
+    "examples": 100,
+    "seeds": 1,
+    "trials": 1,
+    "attacked": 0,
+    "epsilons": (),
 }
-# In twice as many steps as batches of 100 would give.
-_CPU_WRN = {**_CPU, "examples": 5_000, "epochs": 5, "trials": 20, "batch": 50}
-_CPU_WRN_ADVERSARIAL = {**_CPU_WRN, "examples": 2_500, "seeds": 3, "trials": 10}
+# In small batches, without which so few examples make too few steps to learn from.
+_CPU = {
+    "examples": 5_000,
+    "epochs": 16,
+    "batch": 50,
+    "seeds": 3,
+    "trials": 8,
+    "tested": 2_000,
+    "attacked": 200,
+    "restarts": 2,
+    "source_epochs": 8,
+}
+_CPU_WRN = {**_CPU, "epochs": 10}
+_CPU_ADVERSARIAL = {**_CPU, "epochs": 8}
 _FULL = {
     "trials": 4,
     "attacked": 1000,
@@ -170,7 +179,13 @@ TABLE2 = Experiment(
         "full": {**_FULL, "epochs": 300},
     },
     limited={"smoke": ("standard",)},
-    resized={("cpu", "adversarial"): {"examples": 2_500, "trials": 20}},
+    resized={
+        ("cpu", "adversarial"): {
+            **_CPU_ADVERSARIAL,
+            "model": "vgg_small",
+            "methods": ("weissi_vgg_adversarial", "l2_vgg", "parseval_vgg"),
+        }
+    },
     paper={
         "standard": _at_radii(
             {
@@ -260,7 +275,7 @@ TABLE3 = Experiment(
         "smoke": {
             **_SMOKE,
             "model": "resnet_convex",
-            "methods": ("weissi_wrn_energy", "weissi_wrn_complexity"),
+            "methods": ("weissi_wrn_energy",),
         },
         "cpu": _CPU_WRN,
         "full": {**_FULL, "epochs": 200, "trials": 2},
@@ -278,15 +293,15 @@ TABLE3 = Experiment(
         },
         ("cpu", "standard"): {
             "model": "resnet",
-            "methods": ("weissi_wrn", "l2_wrn", "parseval_wrn"),
+            "methods": ("weissi_wrn", "l2_wrn", "parseval_wrn", "l2", "weissi_cnn"),
         },
         ("cpu", "convex-adversarial"): {
-            **_CPU_WRN_ADVERSARIAL,
+            **_CPU_ADVERSARIAL,
             "model": "resnet_convex",
             "methods": ("weissi_wrn_convex_adversarial", "parseval_wrn"),
         },
         ("cpu", "adversarial"): {
-            **_CPU_WRN_ADVERSARIAL,
+            **_CPU_ADVERSARIAL,
             "model": "resnet",
             "methods": ("weissi_wrn", "l2_wrn", "parseval_wrn"),
         },

@@ -10,6 +10,8 @@ import quick
 
 from benchmarks.augment import AUGMENTATIONS, augment
 
+pytestmark = quick.everything
+
 COUNT, SIZE = 400, 16
 KEY = jax.random.key(0)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 from benchmarks import cost, timing
 from benchmarks.cost import OPTIMIZERS, compiled_step, memory
@@ -91,6 +92,7 @@ def test_quartiles_are_those_of_the_ratios(monkeypatch):
     assert len(calls) == 1 + 3
 
 
+@quick.everything
 def test_training_steps_are_timed_with_what_they_say(monkeypatch):
     """Penalties in the loss and in the chain take the same step, and others do not."""
     params = {}

@@ -7,29 +7,29 @@ import io
 import json
 import pathlib
 import re
-import shutil
-import subprocess
-import sys
-import time
 import types
 
 import datasets
+import instant
 import numpy as np
 import pytest
+import quick
 
 import benchmarks.__main__ as cli
-from benchmarks import compare, record
+from benchmarks import checkpoints, plots, record
+from benchmarks.experiments import EXPERIMENTS, Experiment
 from benchmarks.settings import Settings
 
+pytestmark = quick.everything
+
 ROOT = pathlib.Path(__file__).parents[2]
-PLOTS = ("accuracy", "energy", "gradients", "strength", "weights")
-
-
-COMPARED = ["none", "volumization", "weissi"]
-
-
+PLOTS = ("accuracy", "energy", "gradients", "settling", "strength", "weights")
+COMPARED = ["none", "volumization"]
 SMALL = ["--epochs", "2", "--trials", "2", "--seeds", "2", "--tuning-seeds", "1"]
 COMMAND = ["compare", *SMALL, "--methods", ",".join(COMPARED)]
+# A source, and two trials and two seeds of each of both methods.
+CELLS = 1 + 2 * (2 + 2)
+TOGETHER = ["compare", "--coordinator"]
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,14 @@ def test_what_does_not_fit_the_data_is_refused(given, message, tmp_path, capsys)
 def finished(tmp_path_factory):
     """The file of a small comparison by the command line, and what was printed."""
     out = tmp_path_factory.mktemp("compare")
-    command = [*COMMAND, "--out", str(out)]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert cli.main(command) == 0
+    more = ["--attacked", "40", "--attack-steps", "3", "--restarts", "2"]
+    more += ["--epsilons", "0.05", "--tested", "200", "--whole", "--out", str(out)]
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        instant.on_one_device(patched)
+        assert cli.main([*COMMAND, *more]) == 0
     (file,) = out.glob("*.json")
     return file, printed.getvalue()
 
@@ -64,7 +69,8 @@ def test_compare_from_end_to_end(finished):
     assert re.fullmatch(r"digits-noise40-[0-9a-f]{8}", file.stem)
     result = record.load(file)
     assert result["complete"] and result["format"] == record.FORMAT
-    assert "commit" in result
+    assert len(result["cells"]) == CELLS and result["missing"] == 0
+    assert result["data"] | {"train": 1347, "test": 200} == result["data"]
     assert list(result["results"]) == COMPARED
     assert not set(result["fixed"]["tuning_seeds"]) & set(result["fixed"]["seeds"])
     for name, entry in result["results"].items():
@@ -80,12 +86,13 @@ def test_compare_from_end_to_end(finished):
             summary = entry["metrics"][metric]
             assert summary["mean"] == pytest.approx(np.mean(values), abs=1e-5)
             assert summary["std"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
-        assert np.all(np.array(metrics["pgd"]) <= np.array(metrics["fgsm"]) + 0.01)
-        assert np.all(np.array(metrics["fgsm"]) < curves[:, -1])
         for attack in ("fgsm", "pgd", "restarts", "margin", "transfer"):
             assert np.all(np.array(metrics["worst"]) <= np.array(metrics[attack]))
+        for attack in ("fgsm", "pgd", "worst"):
+            weaker = np.array(metrics[f"{attack} 0.05"])
+            assert np.all(np.array(metrics[attack]) <= weaker)
         assert np.shape(entry["log_energy"]) == np.shape(entry["complexity"]) == (2, 2)
-        assert sum(entry["gradients"]["counts"]) == 2 * 450
+        assert sum(entry["gradients"]["counts"]) == 2 * 40
         at = entry["strength"]["epsilon"].index(0.1)
         assert entry["strength"]["worst"][at] <= metrics["worst"][0] + 0.01
         assert entry["strength"]["worst"] == sorted(entry["strength"]["worst"])[::-1]
@@ -93,7 +100,6 @@ def test_compare_from_end_to_end(finished):
         for layer in entry["weights"].values():
             assert (layer["wall"] is not None) == (name == "volumization")
             assert sum(layer["counts"]) in (64 * 256, 256 * 10)
-    assert result["relative_step_time"]["none"] == 1.0
     assert "Highest accuracy in the last epochs: " in printed
     assert "Highest accuracy under all attacks: " in printed
     assert "Tuned with 2 trials a method" in printed
@@ -109,150 +115,243 @@ def test_table_and_plots_come_from_the_json_alone(finished, tmp_path, capsys):
         assert drawn == file.with_name(plot).read_bytes()
 
 
-def test_the_recorded_command_repeats_the_result(finished, tmp_path):
-    file, _ = finished
-    first = json.loads(file.read_text())
-    words = first["command"].split()
-    assert words[:3] == ["python", "-m", "benchmarks"]
-    assert cli.main([*words[3:], "--out", str(tmp_path)]) == 0
-    second = json.loads((tmp_path / file.name).read_text())
-    del first["relative_step_time"], second["relative_step_time"]
-    assert first == second
-
-
-def test_an_interrupt_leaves_what_is_finished(tmp_path, monkeypatch, capsys):
-    whole = compare.final
-
-    def interrupted(name, *args):
-        if name == "weight_decay":
-            raise KeyboardInterrupt
-        return whole(name, *args)
-
-    monkeypatch.setattr(compare, "final", interrupted)
-    assert cli.main(["compare", *SMALL, "--out", str(tmp_path)]) == 130
-    (file,) = tmp_path.glob("*.json")
-    assert ".partial-" in file.name
+def content(file):
+    """What a comparison came to, however long it took."""
     result = json.loads(file.read_text())
-    assert list(result["results"]) == ["none"] and not result["complete"]
-    printed = capsys.readouterr().out
-    assert "Interrupted" in printed and str(file) in printed
-    assert file.with_name(f"{file.stem}-accuracy.png").is_file()
-    assert len(list(tmp_path.iterdir())) == 1 + len(PLOTS)
-    assert cli.main(["report", str(record.complete_of(file))]) == 2
-    error = capsys.readouterr().err
-    assert "only what a run has finished of it" in error and str(file) in error
+    for cell in result["cells"]:
+        del cell["seconds"]
+    return result
+
+
+def file_in(folder):
+    (file,) = folder.glob("*.json")
+    return file
 
 
 @pytest.fixture
-def standing(finished, tmp_path, monkeypatch):
-    """A complete result, and runs of its settings that take no time to come to it."""
-    file, _ = finished
-    results = json.loads(file.read_text())["results"]
-    monkeypatch.setattr(compare, "_source", lambda *_: None)
-    monkeypatch.setattr(compare, "tune", lambda name, *_: results[name]["tuning"])
-    monkeypatch.setattr(compare, "final", lambda name, *_: (dict(results[name]), []))
-    monkeypatch.setattr(compare, "step_times", lambda *_: {})
-    return pathlib.Path(shutil.copy(file, tmp_path))
+def trained(monkeypatch):
+    """Nothing takes time; these are the epochs that networks have been trained for."""
+
+    def draw(result, file):
+        del result
+        file.with_suffix(".png").touch()
+        return [file.with_suffix(".png")]
+
+    monkeypatch.setattr(plots, "draw", draw)
+    return instant.fake(monkeypatch)
 
 
-def test_an_interrupted_rerun_leaves_the_complete_result(standing, monkeypatch, capsys):
-    before, whole = standing.read_bytes(), compare.final
+@pytest.fixture
+def human(tmp_path, digits):
+    """A file of labels of which a tenth is wrong."""
+    given, file = digits.y_train.copy(), tmp_path / "human.npz"
+    given[::10] = (given[::10] + 1) % 10
+    np.savez(file, clean_label=digits.y_train, worse_label=given)
+    return file
 
-    def interrupted(name, *args):
-        if name == "weissi":
+
+def test_the_recorded_command_repeats_the_result(trained, human, tmp_path):
+    given = ["--labels", f"{human}:worse_label", "--loss", "mmc", "--whole"]
+    given += ["--tested", "50", "--epsilons", "0.2,0.05", "--source-epochs", "1"]
+    given += ["--adversarial", "--schedule", "thirds", "--dtype", "bfloat16"]
+    assert cli.main([*COMMAND, *given, "--out", str(tmp_path / "first")]) == 0
+    first = file_in(tmp_path / "first")
+    known = record.load(first)["settings"]
+    expected = {"labels": "worse_label", "noise": 0.0, "loss": "mmc", "whole": True}
+    expected |= {"tested": 50, "epsilons": [0.2, 0.05], "source_epochs": 1}
+    assert known | expected == known and "labels_file" not in known
+    words = record.load(first)["command"].replace("LABELS:", f"{human}:").split()
+    assert words[:3] == ["python", "-m", "benchmarks"]
+    assert cli.main([*words[3:], "--out", str(tmp_path / "again")]) == 0
+    assert content(tmp_path / "again" / first.name) == content(first)
+    assert len(trained) == 2 * (1 + 2 * (CELLS - 1))
+
+
+def test_labels_that_do_not_fit_are_told_in_one_line(human, tmp_path, capsys):
+    with np.load(human) as arrays:
+        np.savez(tmp_path / "other.npz", **arrays, other=arrays["clean_label"][1:])
+    for labels, message in (
+        (f"{tmp_path}/none.npz:worse_label", "which is no file"),
+        (f"{human}:aggre_label", "has no array 'aggre_label'"),
+        (f"{tmp_path}/other.npz:other", "expected an integer from 0 to 9 for each"),
+    ):
+        assert cli.main(["compare", "--labels", labels, "--out", str(tmp_path)]) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+def test_a_rerun_of_a_complete_comparison_shows_it(trained, tmp_path, capsys):
+    command = [*COMMAND, "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    first, file = capsys.readouterr().out, file_in(tmp_path)
+    before = file.read_bytes()
+    trained.clear()
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == first and "none" in first
+    assert not trained and file.read_bytes() == before
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 9])
+def test_after_an_interrupt_the_same_command_goes_on(
+    epochs, trained, tmp_path, monkeypatch, capsys
+):
+    assert cli.main([*COMMAND, "--out", str(tmp_path / "whole")]) == 0
+    whole, once = file_in(tmp_path / "whole"), sorted(trained)
+    trained.clear()
+    command, epoch = [*COMMAND, "--out", str(tmp_path / "ended")], []
+
+    def interrupted(self, progress):
+        if len(epoch) == epochs:
             raise KeyboardInterrupt
-        return whole(name, *args)
+        epoch.append(1)
+        return instant.Population.epoch(self, progress)
 
-    monkeypatch.setattr(compare, "final", interrupted)
-    assert cli.main([*COMMAND, "--out", str(standing.parent)]) == 130
-    printed = capsys.readouterr().out
-    assert standing.read_bytes() == before
-    (left,) = record.partials(standing)
-    assert list(record.load(left)["results"]) == ["none", "volumization"]
-    assert "Interrupted" in printed and f"The result is in {left}" in printed
-    assert f"{standing}, which is complete, stands as it was." in printed
-    assert cli.main(["report", str(standing), "--out", str(standing.parent)]) == 0
-    printed = capsys.readouterr().out
-    assert "Interrupted" not in printed.split("wrote")[0]
-    assert f"{left} is of another run, interrupted or still going on." in printed
+    class Interrupted(instant.Population):
+        epoch = interrupted
 
-
-def test_a_rerun_replaces_the_result_when_it_is_complete(standing):
-    old = json.loads(standing.read_text())
-    assert cli.main([*COMMAND, "--out", str(standing.parent)]) == 0
-    new = json.loads(standing.read_text())
-    assert old["relative_step_time"] and new == old | {"relative_step_time": {}}
-    assert not record.partials(standing)
-
-
-def test_a_killed_rerun_leaves_the_complete_result(finished, tmp_path):
-    old = pathlib.Path(shutil.copy(finished[0], tmp_path))
-    before = old.read_bytes()
-    rerun = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", *COMMAND, "--out", tmp_path],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        until = time.monotonic() + 120
-        while not record.partials(old):
-            assert rerun.poll() is None and time.monotonic() < until
-            time.sleep(0.02)
-    finally:
-        rerun.kill()
-        rerun.wait()
-    assert old.read_bytes() == before
-    (left,) = record.partials(old)
-    assert record.load(left)["complete"] is False
+    with monkeypatch.context() as patched:
+        patched.setattr("benchmarks.part.Population", Interrupted)
+        capsys.readouterr()
+        assert cli.main(command) == 130
+    ended = tmp_path / "ended" / whole.name
+    assert not list(ended.parent.glob("*.partial*"))
+    if epochs > 2:  # the first cell is that of the source, and has a network
+        assert record.load(ended)["missing"] and not record.load(ended)["complete"]
+        assert f"The result is in {ended}" in capsys.readouterr().out
+        assert cli.main(["report", str(ended)]) == 0
+        assert "cells; missing: " in " ".join(capsys.readouterr().out.split())
+    assert checkpoints.path(ended).is_file() == (epochs != 4)  # between groups of runs
+    assert cli.main(command) == 0
+    assert content(ended) == content(whole) and sorted(trained) == once
+    assert {*ended.parent.iterdir()} == {ended, ended.with_suffix(".png")}
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_one_line(standing, monkeypatch, capsys):
-    """What was written of this run before, and the complete result, stay."""
-    before, write, written = standing.read_bytes(), record.write, []
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(
+    trained, tmp_path, monkeypatch, capsys
+):
+    command, write, written = [*COMMAND, "--out", str(tmp_path)], record.write, []
 
     def filling(content, out):
-        if len(written) == 2:
+        if len(written) == 8:
             raise OSError(errno.ENOSPC, "No space left on device", str(out))
         written.append(out)
         write(content, out)
 
-    monkeypatch.setattr(record, "write", filling)
-    assert cli.main([*COMMAND, "--out", str(standing.parent)]) == 2
-    assert standing.read_bytes() == before
-    (left,) = record.partials(standing)
-    assert list(record.load(left)["results"]) == ["none"]
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "write", filling)
+        assert cli.main(command) == 2
     *_, line = capsys.readouterr().err.splitlines()  # after that with the devices
-    assert "No space left on device" in line and str(left) in line
+    assert re.fullmatch(r"error: .*No space left on device.*digits-noise40.*", line)
+    there, before = content(file_in(tmp_path))["cells"], len(trained)
+    assert there and before < 1 + 2 * CELLS
+    assert cli.main(command) == 0
+    after = content(file_in(tmp_path))
+    assert after["complete"] and all(cell in after["cells"] for cell in there)
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_measuring(
-    tmp_path, monkeypatch, capsys
+    trained, tmp_path, monkeypatch, capsys
 ):
     def denied(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
     monkeypatch.setattr(record, "write", denied)
     monkeypatch.setattr(cli.tempfile, "TemporaryFile", denied)
-    for command in (["compare"], ["cost"], ["speed"]):
+    for command in (["compare"], ["cost"], ["speed"], ["theory"]):
         assert cli.main([*command, "--out", str(tmp_path)]) == 2
         *_, line = capsys.readouterr().err.splitlines()
         assert "Permission denied" in line and str(tmp_path) in line
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and len(trained) == 1
+
+
+def test_in_no_time_nothing_is_trained_and_later_the_rest(trained, tmp_path, capsys):
+    command = [*COMMAND, "--out", str(tmp_path)]
+    assert cli.main([*command, "--minutes", "0"]) == 0
+    assert record.load(file_in(tmp_path))["missing"] == CELLS and not trained
+    assert "Nothing is finished yet." in capsys.readouterr().out
+    assert cli.main([*command, "--minutes", "60"]) == 0
+    assert record.load(file_in(tmp_path))["complete"]
+
+
+@pytest.mark.parametrize(("seconds", "checkpoints"), [(None, 10), ("600", 0)])
+def test_checkpoints_are_as_far_apart_as_asked(
+    seconds, checkpoints, trained, tmp_path, monkeypatch
+):
+    """Two runs at once: a group for the source, and two for each method."""
+    write, written = record.write, []
+    monkeypatch.setattr(record, "write", lambda c, o: (written.append(o), write(c, o)))
+    apart = [] if seconds is None else ["--checkpoint-seconds", seconds]
+    assert cli.main([*COMMAND, *apart, "--out", str(tmp_path)]) == 0
+    assert sum(file.suffix == ".checkpoint" for file in written) == checkpoints
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """An experiment of two parts, of which one has labels of humans."""
+    shared = {"dataset": "digits", "epochs": 1, "seeds": 3, "attacked": 0}
+    parts = {"human": {"noise": 0.0, "labels": "worse_label"}, "drawn": {"noise": 0.1}}
+    scales = {scale: {"methods": ("binary_paper",)} for scale in ("smoke", "cpu")}
+    both = Experiment(
+        title="digits",
+        shared=shared,
+        parts=parts,
+        scales=scales,
+        limited={"full": ()},
+        paper={part: {"binary_paper": {"last": 0.5}} for part in parts},
+        note="None.",
+    )
+    monkeypatch.setitem(EXPERIMENTS, "weissi-table1", both)  # one of the choices
+    return ["experiment", "weissi-table1"]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "order"),
+    [([], [0, 1, 2, 0, 1, 2]), (["--minutes", "60"], [0, 0, 1, 2, 1, 2])],
+)
+def test_in_a_piece_of_time_every_part_comes_to_a_first_seed(
+    minutes, order, tables, trained, human, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    out = ["--labels", str(human), "--out", str(tmp_path / "out")]
+    assert cli.main([*tables, *minutes, *out]) == 0
+    assert [seed for seed, *_ in trained] == order
+    names = [f"weissi-table1-cpu-{part}.json" for part in ("human", "drawn")]
+    assert {f.name for f in (tmp_path / "out").iterdir()} == set(names)  # no plots
+    printed = capsys.readouterr().out
+    for name, part in zip(names, ("human", "drawn"), strict=True):
+        result = record.load(tmp_path / "out" / name)
+        mark = {"name": "weissi-table1", "part": part, "scale": "cpu"}
+        assert result["complete"] and result["experiment"] == mark
+        assert f"{tmp_path / 'out' / name}." in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "human of weissi-table1 must have the labels that people gave"),
+        (["--parts", "drawn", "--labels", "a.npz"], "--labels must be left out"),
+        (["--scale", "full"], "--scale must be among smoke, cpu for weissi-table1"),
+    ],
+)
+def test_an_experiment_that_cannot_be_run_is_told_before(
+    words, message, tables, trained, tmp_path, capsys
+):
+    assert cli.main([*tables, *words, "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not trained and not list(tmp_path.iterdir())
 
 
 def test_no_part_of_an_experiment_begins_where_another_cannot(
-    tmp_path, monkeypatch, capsys
+    trained, finished, tmp_path, capsys
 ):
     """Settings of a table's last part have changed since its file was written."""
-    committed = ROOT / "benchmarks/results/weissi-table1-cpu-cnn-adversarial.json"
-    result = json.loads(committed.read_text())
-    result["settings"]["trials"] = 7
-    record.save(result, tmp_path / committed.name)
-    monkeypatch.setattr(cli, "_compare", None)
+    result, name = record.load(finished[0]), "weissi-table1-cpu-cnn-adversarial.json"
+    settings = EXPERIMENTS["weissi-table1"].settings("cnn-adversarial", "cpu")
+    result["settings"] = cli._shown(Settings.of(**settings)) | {"trials": 7}
+    record.save(result, tmp_path / name)
     assert cli.main(["experiment", "weissi-table1", "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{committed.name} holds another comparison, whose trials is 7" in line
+    assert f"{name} holds another comparison, whose trials is 7" in line
 
 
 @pytest.mark.parametrize(
@@ -273,7 +372,46 @@ def test_no_part_of_an_experiment_begins_where_another_cannot(
         ),
         (["compare", "--out", "FILE/below"], "--out: must be a folder, but FILE is"),
         (["report", "FILE", "--out", "FILE"], "--out: must be a folder, but FILE is"),
-        (["compare", "--dataset", "imagenet"], "dataset.* 'imagenet'"),
+        (["compare", "--dataset", "svhn"], "dataset.* 'svhn'"),
+        (["compare", "--dataset", "imdb", "--attacked", "5"], "attacked must be 0 for"),
+        (["compare", "--minutes", "-1"], "--minutes: must be a number .* but is -1"),
+        (["experiment", "quantization", "--minutes", "nan"], "--minutes: .* is nan"),
+        (["compare", "--checkpoint-seconds", "-5"], "--checkpoint-seconds: .* is -5"),
+        (["compare", "--checkpoint-seconds", "soon"], "must be a number .* is soon"),
+        (
+            ["compare", "--labels", "a.npz"],
+            "--labels: must be F[I]LE:NAME, .* is a.npz",
+        ),
+        (["compare", "--labels", "a.npz:"], "--labels: must be F[I]LE:NAME"),
+        (["compare", "--labels", "a:b", "--noise", "0.1"], "noise must be 0 where"),
+        (["compare", "--epsilons", "0.1,x"], "--epsilons: must be numbers, .* 0.1,x"),
+        (["compare", "--epsilons", "0.1,-1"], "epsilons must be at least 0 .* is -1.0"),
+        (
+            ["compare", "--epsilons", "0.1", "--attacked", "0"],
+            "epsilons .* must be left out where attacked is 0",
+        ),
+        (["compare", "--loss", "hinge"], "loss must be among .*, not 'hinge'"),
+        (["compare", "--tested", "0"], "tested must be at least 1 .*, but is 0"),
+        (["compare", "--processes", "2"], "all or none, but --coordinator is not"),
+        (["compare", "--process", "0"], "all or none, but --coordinator is not"),
+        (
+            ["compare", "--coordinator", "localhost:1"],
+            "--coordinator, --processes, --process must be .* but --processes is not",
+        ),
+        (
+            [*TOGETHER, "localhost:1", "--processes", "2", "--process", "2"],
+            "--process must be less than --processes, which is 2, but is 2",
+        ),
+        ([*TOGETHER, "here"], "--coordinator: must be HOST:PORT, but is here"),
+        (["compare", "--process", "-1"], "--process: must be a whole number of at l"),
+        (
+            [*TOGETHER, "localhost:1", "--processes", "2", "--process", "0"],
+            "--coordinator localhost:1 cannot be joined",  # since JAX runs already
+        ),
+        (["status", "enc-imagenet"], "--scale must be among full for enc-imagenet"),
+        (["status", "table9"], "name: invalid choice: 'table9'"),
+        (["merge"], "required: results"),
+        (["merge", "FILE"], "FILE must be JSON"),
         (["compare", "--epsilon", "-1"], "epsilon must be at least 0 .*, but is -1.0"),
         (["compare", "--epsilon", "nan"], "epsilon must be .* but is nan"),
         (["compare", "--epsilon", "inf"], "epsilon must be .* but is inf"),
@@ -307,6 +445,18 @@ def test_an_interrupt_of_any_command_ends_it_with_130(monkeypatch):
 
     monkeypatch.setattr(record, "load", interrupted)
     assert cli.main(["report", "a.json"]) == 130
+
+
+def test_theory_is_reported_like_comparisons(tmp_path, monkeypatch, capsys):
+    from benchmarks import theory
+
+    committed = ROOT / "benchmarks/results/theory-figure4.json"
+    monkeypatch.setattr(theory, "run", lambda: json.loads(committed.read_text()))
+    assert cli.main(["theory", "--out", str(tmp_path)]) == 0
+    names = {"theory-figure4.json", "theory-figure4-errors.png"}
+    assert {f.name for f in tmp_path.iterdir()} == names
+    assert (tmp_path / committed.name).read_text() == committed.read_text()
+    assert f"The result is in {tmp_path / committed.name}" in capsys.readouterr().out
 
 
 def test_costs_are_reported_like_comparisons(tmp_path, monkeypatch, capsys):

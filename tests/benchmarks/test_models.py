@@ -1,6 +1,7 @@
 """The models by name: their shapes, their entries, and how they are applied."""
 
 import dataclasses
+import functools
 import json
 import math
 import re

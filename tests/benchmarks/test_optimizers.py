@@ -12,6 +12,8 @@ import weightreg as wr
 from benchmarks import models
 from benchmarks.methods import METHODS
 
+pytestmark = quick.everything
+
 NETWORK = {
     "Dense_0": {"kernel": jnp.array([[1.0, 2], [3, 4], [5, 6]]), "bias": jnp.ones(2)},
     "Dense_1": {"kernel": jnp.array([[2.0, 1], [-1, 3]]), "bias": jnp.ones(2)},

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 from benchmarks import programs, trees
+
+pytestmark = quick.everything
 
 KERNEL = jnp.full((3, 2), 0.5).at[0, 0].set(-0.25)
 

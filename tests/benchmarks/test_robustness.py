@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 import weightreg as wr
 from benchmarks import robustness
@@ -86,6 +87,7 @@ def largest_margin(w, x, y, epsilon):
     return reached.max(-1)
 
 
+@quick.everything
 @pytest.mark.parametrize("epsilon", (0.03, 0.1, 0.2))
 def test_reaches_the_exact_accuracy_of_a_linear_network(epsilon):
     w, x, y = linear_problem(2)
@@ -140,6 +142,7 @@ def test_transferred_points_are_found_on_the_source_and_judged_on_the_network():
     assert right["pgd"].sum() < expected.sum() < right["clean"].sum()
 
 
+@quick.everything
 @pytest.mark.parametrize("epsilon", (0.0, 0.1))
 def test_the_worst_is_right_everywhere(digits, fitted, epsilon):
     network, source = network_of(fitted(0)), network_of(fitted(1))
@@ -220,6 +223,7 @@ def ball(params, x):
     return jnp.stack([jnp.zeros_like(margin), margin], axis=-1)
 
 
+@quick.everything
 @pytest.mark.parametrize("centre", (0.0, 0.01, 0.5, 0.98))
 def test_attacks_go_to_the_edge_of_the_ball_and_not_beyond(centre):
     x, y = np.full((5, 7), centre, np.float32), np.zeros(5, int)
@@ -242,6 +246,7 @@ def bump(params, x):
     return jnp.stack(z, axis=-1)
 
 
+@quick.everything
 def test_a_wrong_point_is_stronger_than_a_right_one_of_higher_loss():
     x, y = np.full((100, 1), 0.3, np.float32), np.zeros(100, int)
 

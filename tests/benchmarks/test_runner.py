@@ -1,15 +1,17 @@
 """A run that is ended at any moment goes on from there, to the same numbers."""
 
+import contextlib
 import itertools
 import json
 import multiprocessing
 import random
 
+import instant
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import checkpoints, measure, part, record, runner, train
+from benchmarks import checkpoints, record, runner
 from benchmarks.settings import Settings
 
 SETTINGS = Settings.of(
@@ -30,49 +32,9 @@ class Ended(BaseException):
     """What ends a run."""
 
 
-class FakePopulation:
-    """Runs whose progress and accuracies are simple functions of seed and rate."""
-
-    trained: list[tuple[float, float, int]] = []
-
-    def __init__(self, training, arrays, mapping):
-        del training, arrays, mapping
-
-    def start(self, seeds, hyper, labels):
-        self._rates = [h["learning_rate"] for h in hyper]
-        self._seeds = np.array(seeds, float)
-        return {"state": self._seeds % 997 + np.array(self._rates)}
-
-    def epoch(self, progress):
-        state = (progress["state"] * 1.7 + 0.3) % 1
-        self.trained += zip(self._seeds, self._rates, np.round(state, 6), strict=True)
-        rows = dict.fromkeys(train.Measured._fields, state)
-        rows["gbr"] = np.stack([state] * 3, -1)
-        return {"state": state}, train.Measured(**rows)
-
-    def test(self, progress):
-        return progress["state"] / 2
-
-    def networks(self, progress):
-        return [{"params": {"kernel": np.full((2, 2), s)}} for s in progress["state"]]
-
-    def fetch(self, tree):
-        return tree
-
-    def place(self, fresh, leaves):
-        return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
-
-
 @pytest.fixture
 def faked(monkeypatch):
-    monkeypatch.setattr(part, "Population", FakePopulation)
-    monkeypatch.setattr(FakePopulation, "trained", [])
-    monkeypatch.setattr(
-        measure, "of_network", lambda run, network, *_: ({}, {"weights": {}})
-    )
-    monkeypatch.setattr(measure, "weights", lambda *_: {})
-    monkeypatch.setattr(record, "_check", lambda *_: None)
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    return instant.fake(monkeypatch)
 
 
 def content(file):
@@ -89,15 +51,18 @@ def test_ended_before_or_after_any_file_is_written_nothing_is_lost(
 ):
     whole, ended = tmp_path / "whole.json", tmp_path / "ended.json"
     runner.run(SETTINGS, whole)
-    epochs = len(FakePopulation.trained)
+    epochs = len(faked)
     assert epochs == 3 * (1 + 3 + 2 * 2)
     assert {file.name for file in tmp_path.iterdir()} == {"whole.json"}
-    FakePopulation.trained.clear()
+    faked.clear()
     moments, write = random.Random(seed), record.write
-    for lives in itertools.count(1):
-        left, after = moments.randint(1, 4), moments.random() < 0.5
+    lives, finished = 0, False
+    while not finished:
+        lives += 1
+        last, after = moments.randint(1, 4), moments.random() < 0.5
+        number = itertools.count(1)
 
-        def end(content, out, after=after, written=itertools.count(1), last=left):
+        def end(content, out, after=after, written=number, last=last):
             ends = next(written) == last
             if after or not ends:
                 write(content, out)
@@ -106,16 +71,13 @@ def test_ended_before_or_after_any_file_is_written_nothing_is_lost(
 
         with monkeypatch.context() as patched:
             patched.setattr(record, "write", end)
-            try:
-                runner.run(SETTINGS, ended)
-                break
-            except Ended:
-                pass
+            with contextlib.suppress(Ended):
+                finished = runner.run(SETTINGS, ended)["complete"]
     assert lives > 5
     assert content(ended) == content(whole)
     assert {file.name for file in tmp_path.iterdir()} == {"whole.json", "ended.json"}
     # An epoch is repeated by a life that ended before it was kept, and by no other.
-    assert len(FakePopulation.trained) - epochs <= 2 * lives
+    assert len(faked) - epochs <= 2 * lives
 
 
 def test_in_a_piece_of_time_it_stops_at_a_checkpoint_and_goes_on(
@@ -123,8 +85,8 @@ def test_in_a_piece_of_time_it_stops_at_a_checkpoint_and_goes_on(
 ):
     whole, pieces = tmp_path / "whole.json", tmp_path / "pieces.json"
     runner.run(SETTINGS, whole)
-    epochs = sorted(FakePopulation.trained)
-    FakePopulation.trained.clear()
+    epochs = sorted(faked)
+    faked.clear()
 
     class Short(runner.Clock):
         """Time for two things."""
@@ -137,14 +99,13 @@ def test_in_a_piece_of_time_it_stops_at_a_checkpoint_and_goes_on(
             self._left -= 1
             return self._left >= 0
 
-    for count in itertools.count(1):
-        result = runner.run(SETTINGS, pieces, clock=Short())
-        if result["complete"]:
-            break
-        assert result["missing"]
-    assert count > 4
+    missing = []
+    while not missing or missing[-1]:
+        missing.append(runner.run(SETTINGS, pieces, clock=Short())["missing"])
+    assert len(missing) > 4
+    assert record.load(pieces)["complete"]
     assert content(pieces) == content(whole)
-    assert sorted(FakePopulation.trained) == epochs  # none was repeated
+    assert sorted(faked) == epochs  # none was repeated
 
 
 def test_time_is_not_begun_with_that_does_not_suffice(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import data
 from benchmarks.data import DATASETS
-from benchmarks.settings import COUNTS, RADII, Settings
+from benchmarks.settings import COUNTS, RADII, UNLESS_NONE, Settings
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,14 @@ from benchmarks.settings import COUNTS, RADII, Settings
         ),
         ({"restarts": 1}, "restarts must be at least 2"),
         ({"attack_steps": 0}, "attack_steps must be at least 1"),
+        ({"attacked": 0, "epsilons": (0.1,)}, "epsilons and .* where attacked is 0"),
+        ({"attacked": 0, "source_epochs": 2}, r"source_epochs .* are \(\) and 2"),
+        ({"epsilons": (0.1, -1.0)}, "epsilons must be at least 0 .* but is -1.0"),
+        ({"labels": "worse_label"}, "noise must be 0 where labels are given"),
+        ({"loss": "hinge"}, "loss must be among cross_entropy, .* not 'hinge'"),
+        ({"loss": "mmc", "augment": ("mixup",)}, "mixes labels: loss must be cross_e"),
+        ({"dataset": "imdb", "attacked": 5}, "attacked must be 0 for imdb, since wo"),
+        ({"dataset": "imdb", "adversarial": 0.1}, "adversarial must be 0 for imdb"),
         *(
             ({name: number}, f"{name} must be .* but is {number}")
             for name in (*COUNTS, *RADII, "noise")
@@ -62,7 +70,7 @@ def test_settings_that_cannot_be_run_are_refused(given, message):
 def test_every_number_is_checked():
     fields = {field.name: field.type for field in dataclasses.fields(Settings)}
     numbers = {name for name, kind in fields.items() if kind in (int, float)}
-    assert {*numbers, "examples"} == {*COUNTS, *RADII, "noise"}
+    assert {*numbers, *UNLESS_NONE} == {*COUNTS, *RADII, "noise"}
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -70,7 +78,8 @@ def test_what_is_not_given_is_the_data_sets_own(name):
     settings, info = Settings.of(name, batch=7), DATASETS[name]
     assert (settings.model, settings.epochs) == (info.model, info.epochs)
     assert settings.tuning_seeds == info.tuning_seeds
-    assert settings.epsilon == info.epsilon
+    assert (settings.epsilon, settings.attacked) == (info.epsilon, info.attacked)
+    assert settings.name() == f"{name}-noise40-{settings.name()[-8:]}"
     assert settings.batch == 7
 
 

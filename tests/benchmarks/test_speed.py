@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 import benchmarks.__main__ as cli
 from benchmarks import growth, programs, record, report, speed, speed_parts, training
@@ -108,6 +109,7 @@ def test_a_program_of_several_steps_does_what_calls_do():
     assert not np.allclose(params["kernel"], grads["kernel"])
 
 
+@quick.everything
 def test_a_plain_network_takes_the_place_of_its_own(calls):
     """Its step goes from shapes to the same shapes, with as many of them."""
     sizes = dataclasses.replace(

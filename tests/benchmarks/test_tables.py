@@ -40,7 +40,8 @@ def metrics_of(settings):
 def test_every_part_has_settings(name, scale, part):
     settings = settings_of(name, scale, part)
     everything = settings_of(name, "full", part)
-    assert set(settings.methods) <= set(everything.methods)
+    # In few steps nothing is learnt at the paper's rate, so that no method's is tuned.
+    assert set(settings.methods) <= {*everything.methods, "none"}
     if scale == "smoke":
         assert settings.epochs <= 2 and settings.attacked <= 4
         assert settings.examples is not None and settings.examples <= 128

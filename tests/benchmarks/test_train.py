@@ -326,7 +326,8 @@ def test_statistics_of_batches_follow_quantized_weights(digits):
     variables, _ = train.initialize(training.model, 0, x[:1])
     stats = {"batch_stats": variables["batch_stats"]}
     hyper = {"v": 0.5, "one_minus_alpha": 0.1}
-    finished = quick.jit(training.finished)(hyper, variables["params"], stats, x)
+    arrays = train.Arrays(x, x)
+    finished = quick.jit(training.finished)(hyper, variables["params"], stats, arrays)
     kernel = METHODS["binary"].finish(hyper, variables["params"])["Dense_0"]["kernel"]
     chex.assert_trees_all_equal(finished["params"]["Dense_0"]["kernel"], kernel)
     means = x @ finished["params"]["Dense_0"]["kernel"]

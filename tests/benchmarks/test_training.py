@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 import weightreg as wr
 from benchmarks import training
 from benchmarks.programs import BOX, COMPLEXITY, ENERGY
 from benchmarks.training import REGULARIZERS, Task
+
+pytestmark = quick.everything
 
 PARAMS = {"kernel": jnp.arange(1.0, 7.0).reshape(3, 2) / 2}
 X = jnp.arange(12.0).reshape(4, 3) ** 2 / 50

@@ -6,11 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from flax import nnx
 
 import weightreg as wr
 import weightreg.linen
 import weightreg.nnx
+
+pytestmark = quick.everything
 
 NARROW = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 X = jnp.ones((2, 4))

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 import weightreg as wr
 from weightreg._core._names import READINGS
+
+pytestmark = quick.everything
 
 
 def leaf(path, shape, *beside):

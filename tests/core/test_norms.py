@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +43,7 @@ def norm_of(matrix, norm):
     return np.linalg.norm([np.linalg.norm(unit, norm[0]) for unit in matrix.T], norm[1])
 
 
+@quick.everything
 @pytest.mark.parametrize("norm", NORMS, ids=str)
 def test_norms_and_gradients_of_stacked_layers(norm):
     w = np.random.default_rng(0).normal(size=SHAPE)
@@ -108,6 +110,7 @@ def test_sums_of_a_gpu_are_those_of_a_cpu(size, monkeypatch):
     assert taken == [4, 4]
 
 
+@quick.everything
 def test_a_small_unit_beside_a_large_one_has_its_gradient():
     """Its norm is nothing beside the other's, its gradient (q = 1) is as large."""
     w = jnp.array([[3e15, 3e-15], [4e15, -4e-15]])
@@ -124,6 +127,7 @@ def test_ties_share_the_gradient_of_the_largest_entry():
     np.testing.assert_array_equal(gradient, [[0.5, -0.5], [0, 0]])
 
 
+@quick.everything
 @pytest.mark.parametrize("norm", NORMS, ids=str)
 def test_zeros_and_nothing(norm):
     for shape in ((2, 2), (0, 2), (2, 0), (1, 1)):
@@ -132,6 +136,7 @@ def test_zeros_and_nothing(norm):
         np.testing.assert_array_equal(gradient, np.zeros(shape))
 
 
+@quick.everything
 def test_power_iteration_finds_the_largest_singular_value():
     w = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
     vector = start_vector(w, AXES, jax.random.key(0))
@@ -200,6 +205,7 @@ def test_names_of_norms():
             parse_norm("norm", wrong)
 
 
+@quick.everything
 @pytest.mark.parametrize("value", [0.0, 1e-36, 1e-30, 3.0, 1e30, 1e36])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 2)])
 def test_one_number_and_constants_have_norms(value, shape):

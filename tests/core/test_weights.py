@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from flax import nnx
 from jax.nn.initializers import variance_scaling
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
 from weightreg._core._weights import layers_for
+
+pytestmark = quick.everything
 
 KEY = jax.random.key(0)
 

@@ -19,6 +19,8 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
 
+pytestmark = quick.everything
+
 FORMS = list(itertools.product(("unit", "layer"), (True, False)))
 DIMS = {
     "dense": Dims(0, 1),
@@ -98,6 +100,7 @@ def compiled(form):
     return jax.jit(lambda w: (enc(w), jax.grad(lambda w: jnp.sum(enc(w)[0]))(w)))
 
 
+@quick.bits
 @settings(deadline=None, max_examples=150)
 @given(
     form=st.sampled_from(FORMS),
@@ -254,6 +257,7 @@ def test_alpha_may_be_traced_and_learnt():
     np.testing.assert_allclose(sums, [0.5, 1, 2], rtol=1e-6)
 
 
+@quick.bits
 def test_folding_changes_no_bit():
     """The map inside of the compiled network, and applied once before."""
     rng = np.random.default_rng(0)

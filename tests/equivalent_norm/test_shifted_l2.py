@@ -14,6 +14,8 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
 
+pytestmark = quick.everything
+
 FORMS = list(itertools.product(("unit", "layer"), (True, False)))
 DIMS = {"conv": Dims((0, 1, 2), 3), "scanned": Dims(1, 2), "bias": None}
 
@@ -174,6 +176,7 @@ def test_weights_without_elements_are_left_alone(center):
     chex.assert_trees_all_equal(updates, empty)
 
 
+@quick.bits
 def test_numbers_of_few_bits_are_not_rounded_further():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)), jnp.float32)
     epsilon = jnp.asarray(0.7, jnp.bfloat16)

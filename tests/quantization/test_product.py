@@ -58,6 +58,7 @@ def assert_near(got, x, packed):
 EXTREMES = [0.0, -0.0, 1.0, 3e38, -3e38, 6e4, 1e-30, np.inf, -np.inf, np.nan]
 
 
+@quick.everything
 @settings(deadline=None, max_examples=12, derandomize=True)
 @example((2,), 9, 3, "float32", "ternary", "sums", [np.inf])
 @example((2,), 9, 3, "float32", "ternary", "tables", [np.inf])
@@ -110,6 +111,7 @@ SHAPES = {
 }
 
 
+@quick.everything
 @pytest.mark.parametrize("name", SHAPES)
 def test_axes(name, monkeypatch):
     """Of the weight and of ``x``, also where a plan is taken that needs few units."""
@@ -156,6 +158,7 @@ def test_plans_by_platform_rows_and_units(levels):
         assert taken(x, packed, platform, mapped) == plan, (platform, rows)
 
 
+@quick.everything
 def test_transformations():
     packed, x = packed_of((12, 1024), "ternary"), normal((3, 12), seed=1)
     w, f = wr.unpack(packed), lambda x: wr.packed_matmul(x, packed)

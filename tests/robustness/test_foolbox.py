@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 import weightreg as wr
 from benchmarks import data
@@ -23,6 +24,8 @@ with warnings.catch_warnings():
         category=DeprecationWarning,
     )
     import foolbox
+
+pytestmark = quick.everything
 
 STEPS = 12
 EPSILONS = (0.02, 0.1, 0.2)

@@ -20,6 +20,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from weightreg._robustness import _losses
 from weightreg._robustness._losses import generalized_cross_entropy, max_mahalanobis
 
+pytestmark = quick.everything
+
 LOW = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 DTYPES = [*LOW, np.dtype(np.float32), np.dtype(np.float64)]
 # Zero, subnormal numbers, and normal ones.
@@ -85,6 +87,7 @@ def test_gce_equals_the_reference(seed, dtype, shape, scale, q):
         )
 
 
+@quick.bits
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gce_without_q_is_cross_entropy(dtype):
     with jax.enable_x64(dtype == "float64"):

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import weightreg as wr
 from weightreg._sensitivity._batches import map_batches
 
+pytestmark = quick.everything
+
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(48, 6)), jnp.float32)
 LABELS = jnp.asarray(RNG.integers(0, 3, 48))

@@ -15,6 +15,8 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 from weightreg import input_gradient_bound, input_gradient_norms
 
+pytestmark = quick.everything
+
 KEY = jax.random.key(0)
 
 

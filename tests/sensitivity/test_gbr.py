@@ -18,6 +18,8 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
 
+pytestmark = quick.everything
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

@@ -12,6 +12,8 @@ from mlps import normal, norms_of, random_mlp, relu_mlp
 
 from weightreg import input_gradient_bound, input_gradient_norms
 
+pytestmark = quick.everything
+
 
 @pytest.mark.parametrize("widths", [(5, 7, 3), (3, 7, 8)], ids=["backward", "forward"])
 def test_norms_agree_with_central_differences(widths):

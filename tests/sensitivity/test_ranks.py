@@ -5,8 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+import quick
 
 import weightreg as wr
+
+pytestmark = quick.everything
 
 PARAMS = {
     "a": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)},

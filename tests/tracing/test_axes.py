@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import weightreg as wr
 
+pytestmark = quick.everything
+
 SIZES = st.integers(1, 4)
 SEEDS = st.integers(0, 99)
 # Examples are small from the start, and each compiles, so failures are not shrunk.

@@ -14,11 +14,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+import quick
 from equinox import nn
 from traced import W, check, ids
 from traced import x as f32
 
 import weightreg as wr
+
+pytestmark = quick.everything
 
 KEY = jax.random.key(0)
 

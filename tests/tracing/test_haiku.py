@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from traced import W, check, ids
 from traced import x as f32
 
 import weightreg as wr
+
+pytestmark = quick.everything
 
 KEY = jax.random.key(0)
 SCALING = hk.initializers.VarianceScaling()

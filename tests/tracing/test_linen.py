@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from traced import W, bare, check, check_complete, dense, ids, x
 
 import weightreg as wr
+
+pytestmark = quick.everything
 
 KEY = jax.random.key(0)
 

@@ -7,10 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+import quick
 from flax import nnx
 from traced import W, bare, check, check_complete, dense, ids, x
 
 import weightreg as wr
+
+pytestmark = quick.everything
 
 
 @dataclasses.dataclass

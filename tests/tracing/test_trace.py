@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from flax import nnx
 
 import weightreg as wr
 import weightreg.nnx
+
+pytestmark = quick.everything
 
 
 def ones(*shape):
@@ -458,6 +461,7 @@ def test_grouped_convolutions_become_orthonormal_group_by_group(groups):
     np.testing.assert_allclose(new, wanted, rtol=1e-5, atol=1e-6)
 
 
+@quick.bits
 def test_filters_of_grouped_convolutions_are_packed_with_a_scale_each():
     model, x = nn.Conv(6, (3, 3), feature_group_count=6), ones(1, 5, 5, 6)
     params = {"kernel": spread(3, 3, 1, 6), "bias": ones(6)}

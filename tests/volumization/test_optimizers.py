@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from optax.contrib import MuonDimensionNumbers as Dims
 
 import weightreg as wr
+
+pytestmark = quick.everything
 
 
 def run(tx, grads):
@@ -72,35 +75,43 @@ def test_laprop_takes_python_numbers():
     np.testing.assert_allclose(updates, -0.1, rtol=1e-6)
 
 
+INPUTS = np.array([[1, 0], [3, 0]], np.float32)  # of which the second is unused
+
+
+@jax.jit
+def loss_after_three_steps(b1, b2, volume, alpha):
+    tx = wr.volumized_laprop(0.1, b1, b2, eps=1e-8, volume=volume, alpha=alpha)
+    params = jnp.array([[2.0], [2.0]])
+    state = tx.init(params)
+    for _ in range(3):
+        grads = jax.grad(lambda p: jnp.sum((INPUTS @ p - 1) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return jnp.sum((INPUTS @ params) ** 2) + jnp.sum(params)
+
+
+derivatives = jax.jit(jax.grad(loss_after_three_steps, argnums=(0, 1, 2, 3)))
+
+
 @pytest.mark.parametrize("b1", [0.0, 0.9])
 @pytest.mark.parametrize("b2", [0.0, 0.999])
 def test_derivatives_by_hyperparameters_are_finite_and_right(b1, b2):
     """Also where gradients are exactly zero, as those of an unused input."""
-    x = jnp.array([[1.0, 0.0], [3.0, 0.0]])
-
-    def loss(b1, b2, volume, alpha):
-        tx = wr.volumized_laprop(0.1, b1, b2, eps=1e-8, volume=volume, alpha=alpha)
-        params = jnp.array([[2.0], [2.0]])
-        state = tx.init(params)
-        for _ in range(3):
-            grads = jax.grad(lambda p: jnp.sum((x @ p - 1) ** 2))(params)
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        return jnp.sum((x @ params) ** 2) + jnp.sum(params)
-
     with jax.enable_x64(True):
         at = (b1, b2, 0.5, 0.7)
-        got = jax.grad(loss, argnums=(0, 1, 2, 3))(*at)
+        got = derivatives(*at)
         for i, derivative in enumerate(got):
             h = 1e-6
             up, down = (
                 tuple(v + s * (j == i) for j, v in enumerate(at)) for s in (h, -h)
             )
             below = down if at[i] else at  # no decay is negative
-            slope = (loss(*up) - loss(*below)) / (up[i] - below[i])
+            rise = loss_after_three_steps(*up) - loss_after_three_steps(*below)
+            slope = rise / (up[i] - below[i])
             np.testing.assert_allclose(derivative, slope, rtol=1e-3, atol=1e-4)
 
 
+@quick.bits
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -124,6 +135,7 @@ def test_named_optimizers_wrap_what_their_names_say(ours, theirs):
     assert jax.tree.structure(s) == jax.tree.structure(t)
 
 
+@quick.bits
 @pytest.mark.parametrize(
     "named", [wr.volumized_sgd, wr.volumized_adam, wr.volumized_laprop]
 )

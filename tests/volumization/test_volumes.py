@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,6 +126,7 @@ def boxed(rng, shape, volume, kind):
     return volume * (signs if kind == "walls" else np.ones(shape))
 
 
+@quick.everything
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000),
@@ -142,6 +144,7 @@ def test_dense_layers_keep_the_bound(seed, a, b, bound, kind):
         np.testing.assert_allclose(largest, bound)
 
 
+@quick.everything
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [(2, 3), (3, 1)])
@@ -195,6 +198,7 @@ class Perceptron(nn.Module):
         return nn.Dense(3)(x)
 
 
+@quick.everything
 @pytest.mark.parametrize(
     ("net", "shape"), [(Perceptron(), (10,)), (Convolutional(), (8, 8, 2))]
 )

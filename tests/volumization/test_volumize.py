@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import quick
 
 import weightreg as wr
 
@@ -93,6 +94,10 @@ OPTIMIZERS = {
 }
 
 
+BARE = [optax.adam(0.1), optax.sgd(0.1, momentum=0.9), optax.lion(0.1)]
+
+
+@quick.everything
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("alpha", [0.9, 0.0, -0.5])
@@ -159,7 +164,7 @@ def test_no_regularization_is_the_bare_optimizer_bit_for_bit(dtype, volume, alph
         rng = np.random.default_rng(0)
         params = {"kernel": jnp.asarray(rng.normal(size=(9, 7)).astype(dtype))}
         grads = jnp.asarray(rng.normal(size=(20, 9, 7)).astype(dtype))
-        for bare in (optax.adam(0.1), optax.sgd(0.1, momentum=0.9), optax.lion(0.1)):
+        for bare in BARE:
             ours = wr.volumized(bare, volume, alpha)
             p1, p2, s1, s2 = params, params, bare.init(params), ours.init(params)
             for g in grads:
@@ -180,9 +185,7 @@ def test_a_traced_infinite_volume_changes_nothing_even_of_infinite_weights(alpha
 
 
 @pytest.mark.parametrize(("volume", "alpha"), [(0.3, 1.0), (np.inf, 0.5)])
-@pytest.mark.parametrize(
-    "bare", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9), optax.lion(0.1)]
-)
+@pytest.mark.parametrize("bare", BARE)
 def test_no_regularization_changes_nothing_in_a_fused_step_either(bare, volume, alpha):
     """XLA contracts the sum with the parameters as it does without us."""
     rng = np.random.default_rng(0)
@@ -346,6 +349,7 @@ def test_derivatives_are_those_of_the_rule():
     np.testing.assert_allclose(grads[3], 0.8 - 1.0 + 0.3, rtol=1e-5)
 
 
+@quick.everything
 @pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd])
 def test_the_derivative_by_alpha_goes_on_at_one(differentiate):
     """Or else a search that starts from no regularization never leaves it."""

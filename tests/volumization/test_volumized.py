@@ -227,6 +227,7 @@ def distance(params):
     return optax.tree.norm(difference, squared=True) / 2
 
 
+@quick.everything
 @pytest.mark.parametrize("name", EVERY)
 def test_every_optimizer_stays_in_the_box_and_gets_to_the_wall(name):
     bare = EVERY[name](RATES.get(name.split()[0], 0.1))

@@ -11,12 +11,15 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers as Dims
 
 from weightreg._weissi._parseval import convex_sum, initial_logits, parseval
+
+pytestmark = quick.everything
 
 LOW = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 DTYPES = [*LOW, np.dtype(np.float32), np.dtype(np.float64)]
@@ -251,6 +254,7 @@ def equations_of(jaxpr):
             yield from equations_of(inner)
 
 
+@quick.bits
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_beta_zero_leaves_the_updates_as_they_are(dtype):
     with jax.enable_x64(True):

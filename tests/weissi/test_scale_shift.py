@@ -27,6 +27,8 @@ from weightreg._weissi._scale_shift import (
     shift_scales,
 )
 
+pytestmark = quick.everything
+
 KEY = jax.random.key(0)
 
 
@@ -440,6 +442,7 @@ def test_the_minimum_is_what_a_minimizer_finds():
         np.testing.assert_allclose(b, factor * p, rtol=1e-4)
 
 
+@quick.bits
 def test_extreme_factors_and_weights():
     tiny, huge = jnp.full((1, 2), 1e-30), jnp.full((2, 1), 1e30)
     params = {"a": {"kernel": tiny, "bias": jnp.zeros(2)}, "b": {"kernel": huge}}
@@ -547,6 +550,7 @@ def test_no_weights():
     assert minimum_weight_decay({"bias": jnp.ones(3)}).dtype == jnp.float32
 
 
+@quick.bits
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_narrow_dtypes_are_rounded_once(dtype):
     rng = np.random.default_rng(0)
@@ -567,6 +571,7 @@ def test_narrow_dtypes_are_rounded_once(dtype):
     )
 
 
+@quick.bits
 def test_mixed_dtypes_lose_nothing():
     with jax.enable_x64(True):
         bias = np.random.default_rng(0).normal(size=4)

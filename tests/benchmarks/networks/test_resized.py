@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from drawn import normal, randomized
 from quick import jit as quick
-from shapes import shapes_of
 
 from benchmarks import models
 from benchmarks.networks import MLP, NormMLP, Resized
@@ -52,9 +51,3 @@ def test_what_is_known_of_a_network_is_known_of_it_resized():
     assert not Resized(MLP((4,), 2), 3).trains
     float32 = models.in_dtype(resized, jnp.float32)
     assert float32 == models.make("efficientnet_lite0", 3, resize=32)
-
-
-def test_weights_have_their_paths_where_networks_are_resized():
-    wide = models.make("efficientnet_lite0", 3, resize=32)
-    plain = models.make("efficientnet_lite0", 3)
-    assert shapes_of(wide, 1, 8, 8, 3) == shapes_of(plain, 1, 32, 32, 3)
