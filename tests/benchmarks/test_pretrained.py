@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from drawn import normal
-from quick import jit as quick
 
 from benchmarks import deploy, measure, models
 from benchmarks.cells import Run
@@ -13,6 +13,8 @@ from benchmarks.data import Dataset
 from benchmarks.networks import MLP
 from benchmarks.part import Part
 from benchmarks.settings import Settings
+
+pytestmark = quick.everything
 
 SIDE = 2  # of images as the network sees them
 
@@ -61,14 +63,14 @@ def test_attacks_and_deployed_networks_see_scaled_images(images, monkeypatch):
     given = settings()
     part, x = Part(given, images), jnp.asarray(images.x_test)
 
-    @quick
+    @jax.jit
     def expect():
         network = MLP((4,), 10).init(jax.random.key(0), jnp.ones((1, SIDE, SIDE, 3)))
         scaled = jax.image.resize(x, (len(x), SIDE, SIDE, 3), "bilinear")
         return network, models.logits(MLP((4,), 10), network, scaled)
 
     network, expected = expect()
-    np.testing.assert_allclose(quick(part.logits)(network, x), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(part.logits)(network, x), expected, rtol=1e-5)
     seen, _ = measure.attacked_examples(images, given)
     assert seen.shape == (3, 5, 5, 3)
     model = models.make("fake", 10, resize=SIDE)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from quick import jit as quick
+import quick
 
 import weightreg as wr
 from benchmarks import (
@@ -27,6 +27,8 @@ from benchmarks import (
 from benchmarks.cells import TUNING_SEED
 from benchmarks.settings import Settings, split_of
 from benchmarks.train import Arrays, Labels, example_loss
+
+pytestmark = quick.everything
 
 CLASSES = ("n01", "n02", "n10")
 SIZE, BATCH = 4, 8
@@ -157,7 +159,7 @@ def test_on_any_devices_it_is_the_same_run_measured_on_all_files(folder, monkeyp
     x = folders.middles(loaded.x_test, SIZE)
     first = folders.middles(loaded.x_train[np.arange(4)], SIZE)
 
-    @quick
+    @jax.jit
     def classes(network):
         model = settings().network(len(CLASSES))
         says = functools.partial(models.logits, model, network)

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from drawn import normal, randomized
-from quick import jit as quick
 
 from benchmarks import models
 from benchmarks.networks import MLP, NormMLP, Resized
+
+pytestmark = quick.everything
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 4), (3, 2, 4, 3)])
@@ -27,7 +29,7 @@ def test_a_network_sees_images_of_another_size(shape):
         ),
     }
 
-    @quick
+    @jax.jit
     def both(x, scaled):
         gradient = jax.grad(lambda x: models.logits(resized, network, x).sum())(x)
         return gradient, *(
