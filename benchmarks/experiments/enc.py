@@ -192,12 +192,22 @@ IMAGENET = Experiment(
     }
     | {part: {"model": f"{part}_imagenet", "methods": _PAIR[:1]} for part in _EXCITED},
     scales={
+        "smoke": {
+            "model": "mlp_norm",
+            "resize": 8,
+            "batch": 32,
+            "examples": 32,
+            "tested": 40,
+            "epochs": 1,
+            "seeds": 1,
+            "attacked": 0,
+            "methods": ("enc_eq22",),
+        },
         # Whoever has ImageNet has an accelerator: there is nothing to learn from less.
-        "smoke": {"epochs": 1, "seeds": 1, "attacked": 0},
         "cpu": {"epochs": 1, "seeds": 1, "attacked": 0},
         "full": {**_FULL, "seeds": 1},
     },
-    limited={"smoke": (), "cpu": ()},
+    limited={"smoke": ("smooth",), "cpu": ()},
     paper={
         "resnet50": {
             **_last(

@@ -31,11 +31,11 @@ TABLE1 = Experiment(
     },
     scales={
         "smoke": {
-            "model": "resnet_norm",
+            "model": "cnn",
             "pretrained": False,
             "resize": 16,
             "epochs": 1,
-            "examples": 100,
+            "examples": 128,
             "seeds": 1,
             "methods": ("l2_5e-4_adam",),
         },

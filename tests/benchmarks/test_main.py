@@ -408,7 +408,10 @@ def test_no_part_of_an_experiment_begins_where_another_cannot(
             [*TOGETHER, "localhost:1", "--processes", "2", "--process", "0"],
             "--coordinator localhost:1 cannot be joined",  # since JAX runs already
         ),
-        (["status", "enc-imagenet"], "--scale must be among full for enc-imagenet"),
+        (
+            ["status", "enc-imagenet"],
+            "--scale must be among smoke, full for enc-",
+        ),
         (["status", "table9"], "name: invalid choice: 'table9'"),
         (["merge"], "required: results"),
         (["merge", "FILE"], "FILE must be JSON"),

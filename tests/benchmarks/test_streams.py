@@ -7,10 +7,11 @@ import json
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from quick import jit as quick
+import quick
 
 import weightreg as wr
 from benchmarks import (
@@ -26,6 +27,8 @@ from benchmarks import (
 from benchmarks.cells import TUNING_SEED
 from benchmarks.settings import Settings, split_of
 from benchmarks.train import Arrays, Labels, example_loss
+
+pytestmark = quick.everything
 
 CLASSES = ("n01", "n02", "n10")
 SIZE, BATCH = 4, 8
@@ -130,13 +133,20 @@ def population(folder, count, **given):
     return streams.StreamedPopulation(training, arrays, SIZE, devices), loaded
 
 
-def test_on_any_devices_it_is_the_same_run_measured_on_all_files(folder):
-    """Statistics of batches and mixed labels are of whole batches."""
+def fitted(logits, x, y, key):
+    """What takes less to compile than `benchmarks.train.sensitivity`."""
+    del key
+    return jnp.mean(jnp.argmax(logits(x), -1) == y), jnp.arange(3.0)
+
+
+def test_on_any_devices_it_is_the_same_run_measured_on_all_files(folder, monkeypatch):
+    """Statistics of batches are of whole ones."""
+    monkeypatch.setattr(streams, "sensitivity", fitted)
     told = data.load("imagenet", folder).y_test.copy()
     told[:3] = (told[:3] + 1) % len(CLASSES)  # as if they were wrong
     hyper, found = {"learning_rate": 0.1, "strength": 1e-4}, []
     for count, given in ((2, {}), (1, {"epsilon": 0.1, "sensitivity": 4})):
-        runs, loaded = population(folder, count, augment=("mixup",), **given)
+        runs, loaded = population(folder, count, augment=("smooth",), **given)
         progress = runs.start([3], [hyper], Labels(loaded.y_train[None], told[None]))
         for _ in range(4):
             progress = runs.train(progress)
@@ -150,23 +160,23 @@ def test_on_any_devices_it_is_the_same_run_measured_on_all_files(folder):
     x = folders.middles(loaded.x_test, SIZE)
     first = folders.middles(loaded.x_train[np.arange(4)], SIZE)
 
-    @quick
+    @jax.jit
     def classes(network):
         model = settings().network(len(CLASSES))
         says = functools.partial(models.logits, model, network)
         moved = wr.fgsm(functools.partial(example_loss, says), x, told, 0.1)
         return [says(inputs).argmax(-1) for inputs in (x, moved, first)]
 
-    clean, attacked, fitted = classes(network)
+    clean, attacked, own = classes(network)
     assert np.mean(clean == loaded.y_test) > 0.8  # it has learnt
     for got, said, labels in (
         (found[0][2], clean, loaded.y_test),
         (measured.accuracy, clean, told),
         (measured.attacked, attacked, told),
-        (measured.training_accuracy, fitted, loaded.y_train[:4]),
+        (measured.training_accuracy, own, loaded.y_train[:4]),
     ):
         np.testing.assert_allclose(got, [np.mean(said == labels)], rtol=1e-6)
-    assert measured.gbr.shape == (1, 3) and np.all(measured.gbr > 0)
+    np.testing.assert_array_equal(measured.gbr, [[0, 1, 2]])
     energy = wr.log_weight_energy(network["params"])
     np.testing.assert_allclose(measured.log_energy, [energy], rtol=1e-5)
 

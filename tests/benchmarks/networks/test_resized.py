@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from drawn import normal, randomized
-from quick import jit as quick
-from shapes import shapes_of
 
 from benchmarks import models
 from benchmarks.networks import MLP, NormMLP, Resized
+
+pytestmark = quick.everything
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 4), (3, 2, 4, 3)])
@@ -28,7 +29,7 @@ def test_a_network_sees_images_of_another_size(shape):
         ),
     }
 
-    @quick
+    @jax.jit
     def both(x, scaled):
         gradient = jax.grad(lambda x: models.logits(resized, network, x).sum())(x)
         return gradient, *(
@@ -52,9 +53,3 @@ def test_what_is_known_of_a_network_is_known_of_it_resized():
     assert not Resized(MLP((4,), 2), 3).trains
     float32 = models.in_dtype(resized, jnp.float32)
     assert float32 == models.make("efficientnet_lite0", 3, resize=32)
-
-
-def test_weights_have_their_paths_where_networks_are_resized():
-    wide = models.make("efficientnet_lite0", 3, resize=32)
-    plain = models.make("efficientnet_lite0", 3)
-    assert shapes_of(wide, 1, 8, 8, 3) == shapes_of(plain, 1, 32, 32, 3)
