@@ -160,4 +160,6 @@ def _grouped(runs: list[Run]) -> list[tuple[int | None, list[Run]]]:
 def _mean(values: Iterable[float | None]) -> float | None:
     """The mean, or None where a run has none."""
     known = list(values)
-    return None if None in known else round(float(np.mean(known)), 5)
+    if None in known:
+        return None
+    return round(float(np.mean(np.array(known, float))), 5)

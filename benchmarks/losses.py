@@ -3,8 +3,8 @@
 To add one, add an entry to `LOSSES`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import optax
@@ -12,7 +12,8 @@ import optax
 import weightreg as wr
 
 
-class Loss(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Loss:
     """What training lowers, and how a network's outputs are read.
 
     Attributes:
@@ -21,7 +22,7 @@ class Loss(NamedTuple):
       logits: From outputs to logits, the largest of which tells the class.
     """
 
-    of: Callable[[jax.Array, jax.Array], jax.Array]
+    of: Callable[..., jax.Array]
     logits: Callable[[jax.Array], jax.Array]
 
 

@@ -152,7 +152,7 @@ def keep_network(network: Variables, out: pathlib.Path, name: str) -> None:
     record.write(serialization.to_bytes(network), network_file(out, name))
 
 
-def load_network(file: pathlib.Path) -> Variables:
+def load_network(file: pathlib.Path) -> Any:
     """A network that `keep_network` wrote.
 
     Raises:

@@ -58,8 +58,8 @@ class Arrays(NamedTuple):
 class Labels(NamedTuple):
     """Labels of one run: noise differs between runs."""
 
-    train: jax.Array
-    eval: jax.Array
+    train: Any
+    eval: Any
 
 
 class Progress(NamedTuple):
