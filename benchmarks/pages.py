@@ -109,8 +109,8 @@ theirs.** The statistics of their batch normalizations are renewed before they a
 measured, and those of other networks are the running ones of training, which lag behind
 the weights: their accuracy jumps by ten points and more from one epoch to the next.
 In a check with 40 % wrong labels (two seeds on a CPU, at the settings in the table; no
-file was kept) renewed ones took weight decay (AdamW) from 26 % in the last epochs to
-37 %, and L2 from 26 % to 38 %, where binary networks had 41 %. MNIST's networks have no
+file was kept) renewed ones took weight decay (AdamW) from 25 % in the last epochs to
+37 %, and L2 from 25 % to 38 %, where binary networks had 41 %. MNIST's networks have no
 batch normalization.
 
 ## How to run them again
