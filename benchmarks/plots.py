@@ -80,7 +80,7 @@ def levels(result: dict, out: pathlib.Path) -> pathlib.Path:
         ylabel="mean distance from a level, in units of V",
         title=title(result),
     )
-    axes.legend()
+    _legend(figure, axes, result)
     return save(figure, out, "levels")
 
 
@@ -91,7 +91,7 @@ def energy(result: dict, out: pathlib.Path) -> pathlib.Path:
     left.set(ylabel="log10 of the weight energy", title="weight energy")
     _over_epochs(right, result, "complexity", 1)
     right.set(ylabel="sum over layers", title="layer complexity")
-    right.legend()
+    _legend(figure, right, result)
     figure.suptitle(title(result))
     return save(figure, out, "energy")
 
@@ -159,7 +159,8 @@ def _radii(result: dict, entry: dict, attack: str) -> list[np.ndarray]:
 
 def settling(result: dict, out: pathlib.Path) -> pathlib.Path:
     """Test accuracy of the best trial so far, over the number of trials."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    width = 9 if _many(result) else 7
+    figure, axes = plt.subplots(figsize=(width, 4.2), layout="constrained")
     known = courses(result)
     for colour, (name, course) in zip(
         itertools.cycle(COLOURS), known.items(), strict=False
@@ -173,7 +174,7 @@ def settling(result: dict, out: pathlib.Path) -> pathlib.Path:
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend()
+    _legend(figure, axes, result)
     return save(figure, out, "settling")
 
 
@@ -315,8 +316,15 @@ def title(result: dict) -> str:
 
 
 def _methods(result: dict):
-    """A colour and an entry for each method."""
-    return zip(itertools.cycle(COLOURS), result["results"].values(), strict=False)
+    """A colour and an entry for each method that is drawn."""
+    return zip(itertools.cycle(COLOURS), _drawn(result), strict=False)
+
+
+def _drawn(result: dict) -> list[dict]:
+    """Methods that are tuned alone, where there are some and not a colour for each."""
+    entries = [*result["results"].values()]
+    tuned = [entry for entry in entries if entry["tuning"]["trials"]]
+    return tuned if tuned and len(entries) > len(COLOURS) else entries
 
 
 def _over_epochs(
@@ -339,7 +347,7 @@ def _over_epochs(
 
 
 def _many(result: dict) -> bool:
-    return len(result["results"]) > 5
+    return len(_drawn(result)) > 5
 
 
 def _legend(figure, axes, result: dict) -> None:

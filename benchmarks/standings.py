@@ -59,8 +59,13 @@ def table(experiment: Experiment, part: str, results: Results) -> list[str]:
 
 
 def judged(experiment: Experiment, part: str, results: Results) -> list[str]:
-    """Each claim of a part in a row: the paper's difference, and what ours say."""
+    """Each claim of a part in a row: the paper's difference, and what ours say.
+
+    Of claims on methods that have been run nowhere there is only the number.
+    """
     head = ["claim", "in", "paper", *_columns(results)]
+    every = experiment.claims.get(part, ())
+    told = [c for c in every if any(claims.judge(r, c) for r in results.values())]
     rows = [
         [
             f"{_label(claim.better)} beats {_label(claim.worse)}",
@@ -68,9 +73,12 @@ def judged(experiment: Experiment, part: str, results: Results) -> list[str]:
             _printed_difference(experiment.paper[part], claim),
             *(_verdict(result, claim) for result in _columns(results).values()),
         ]
-        for claim in experiment.claims.get(part, ())
+        for claim in told
     ]
-    return [*markdown_table(head, rows), ""] if rows else []
+    lines = [*markdown_table(head, rows), ""] if rows else []
+    if left := len(every) - len(told):
+        lines += [f"- Claims on what has not been run or measured yet: {left}.", ""]
+    return lines
 
 
 def summary(experiment: Experiment, part: str, results: Results) -> list[list[str]]:

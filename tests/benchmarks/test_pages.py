@@ -82,10 +82,12 @@ def test_a_table_that_lacks_cells_says_which(tmp_path):
     record.save(half, out.with_stem("weissi-table1-full-mlp-bfloat16"))
     pages.update(tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
-    lacking = "2 of 48 cells; missing: weight decay, as in the paper (5 seeds), weight "
+    lacking = (
+        "2 of 48 cells; missing: weight decay, as in the paper (5 seeds), WEISSI, "
+    )
     assert f"\n- full: {lacking}" in text
     assert f"\n- full, bfloat16: {lacking}" in text
-    assert "| not run | not run |" in text
+    assert "\n- Claims on what has not been run or measured yet: 8.\n" in text
     assert "| full, bfloat16: last epochs / FGSM / PGD / all attacks |" in text
     assert "- weissi-table1: mlp-adversarial, cnn, cnn-adversarial\n" in text
 
@@ -108,6 +110,23 @@ def test_each_table_is_there_once():
         assert text.count(report.markdown(record.load(file))) == 1
         assert text.count(f"](results/{file.name})") == 1
         assert text.count(f"](#{file.stem}): ") == 1
+
+
+def test_contents_are_in_the_order_of_the_sections():
+    text = (pages.FOLDER / "RESULTS.md").read_text()
+    stems = {file.stem for file in COMPARED}
+    listed = re.findall(r"^  - \[(\S+)\]", text, re.M)
+    headings = re.findall(r"^#{3,4} (\S+)$", text, re.M)
+    assert [s for s in headings if s in stems] == [s for s in listed if s in stems]
+
+
+def test_the_lead_that_nine_trials_gave_is_told_from_the_file_of_forty():
+    result = record.load(pages.FOLDER / f"results/{pages.SETTLED_BY}.json")
+    last = [result["results"][n]["metrics"]["last"] for n in ("binary", "weight_decay")]
+    told = pages._forty({pages.SETTLED_BY: result})
+    assert all(f"{100 * m['mean']:.1f} ± " in told for m in last)
+    assert told in (pages.FOLDER / "RESULTS.md").read_text()
+    assert pages._forty({}) == ""
 
 
 def test_too_few_trials_are_told_under_each_table():

@@ -9,13 +9,16 @@ ALWAYS = ["accuracy", "energy", "gradients", "strength", "weights"]
 
 @pytest.mark.parametrize(
     ("stem", "also"),
-    [("enc-tables-cpu-tuned", "sensitivity"), ("quantization-cpu-mnist", "levels")],
+    [
+        ("enc-tables-cpu-tuned", ["sensitivity"]),
+        ("quantization-cpu-mnist", ["levels", "settling"]),
+    ],
 )
 def test_all_plots_are_drawn_from_committed_results(stem, also, tmp_path):
     result = record.load(pages.FOLDER / f"results/{stem}.json")
     drawn = plots.draw(result, tmp_path / f"{stem}.json")
     assert sorted(drawn) == sorted(tmp_path.iterdir())
-    names = {tmp_path / f"{stem}-{plot}.png" for plot in (*ALWAYS, also)}
+    names = {tmp_path / f"{stem}-{plot}.png" for plot in (*ALWAYS, *also)}
     assert set(drawn) == names
     for picture in drawn:
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -86,3 +89,12 @@ def test_accuracies_within_several_radii_are_points_of_all_seeds():
     assert means.tolist() == pytest.approx([60, 20])
     assert deviations.tolist() == [1, 1]
     assert plots._radii(compared(a=known), known, "pgd") == []
+
+
+@pytest.mark.parametrize(("fixed", "left"), [(8, 10), (9, 2), (0, 2)])
+def test_tuned_methods_are_left_where_colours_do_not_suffice(fixed, left):
+    tuned = dict.fromkeys(("a", "b"), entry(trials=[(0.5, 0.4)]))
+    result = compared(**{f"at {n}": entry() for n in range(fixed)}, **tuned)
+    assert len(plots._drawn(result)) == left
+    alone = compared(**{f"at {n}": entry() for n in range(11)})
+    assert len(plots._drawn(alone)) == 11
