@@ -59,7 +59,9 @@ def settings_of(result: dict[str, Any]) -> Settings:
             f"settings must be those of this version, which has no "
             f"{', '.join(sorted(unknown))}."
         )
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    known: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+    }
     return Settings(**known)
 
 

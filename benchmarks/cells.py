@@ -160,4 +160,5 @@ def _grouped(runs: list[Run]) -> list[tuple[int | None, list[Run]]]:
 def _mean(values: Iterable[float | None]) -> float | None:
     """The mean, or None where a run has none."""
     known = list(values)
-    return None if None in known else round(float(np.mean(known)), 5)
+    there = [value for value in known if value is not None]
+    return round(float(np.mean(there)), 5) if there == known else None

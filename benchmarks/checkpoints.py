@@ -65,9 +65,10 @@ def load(out: pathlib.Path, about: str) -> Checkpoint | None:
     if not file.is_file():
         return None
     try:
-        kept = Checkpoint(**serialization.msgpack_restore(file.read_bytes()))
-        runs = [Run(**run) for run in kept.runs]
-        leaves = [kept.leaves[str(i)] for i in range(len(kept.leaves))]
+        fields: Any = serialization.msgpack_restore(file.read_bytes())
+        kept = Checkpoint(**fields)
+        runs = [Run(**run) for run in fields["runs"]]
+        leaves = [fields["leaves"][str(i)] for i in range(len(fields["leaves"]))]
     except Exception as error:  # msgpack's errors have no common class
         raise ValueError(
             f"{file} must be a checkpoint of `python -m benchmarks`, but cannot be "

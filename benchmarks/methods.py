@@ -85,8 +85,6 @@ class Method:
     normed: bool = True
     levels: str | None = None
     on_the_way: bool = True
-    like: str | None = None
-    loss: str | None = None
 
     def build(
         self,
