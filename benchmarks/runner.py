@@ -55,9 +55,7 @@ class Clock:
         """
         left = self._end - time.monotonic()
         go_on = left > 1.1 * self._known.get(what, 0.0)
-        if jax.process_count() == 1 or math.isinf(self._end):
-            return go_on
-        return bool(multihost_utils.broadcast_one_to_all(np.array(go_on)))
+        return go_on if math.isinf(self._end) else _as_the_first(go_on)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -68,7 +66,8 @@ class Clock:
 
     def keeps(self) -> bool:
         """Whether the time for a checkpoint has come."""
-        if (now := time.monotonic()) - self._kept < self._every:
+        due = (now := time.monotonic()) - self._kept >= self._every
+        if self._every and not _as_the_first(due):
             return False
         self._kept = now
         return True
@@ -368,6 +367,7 @@ class Runner:
         result = assemble.result(self._header, self._plan, self._cells, self._settings)
         result |= more
         result["complete"] &= "deployed" in result or not self._settings.deploy
+        _wait("measured")  # by what may be deleted now
         if jax.process_index() == 0:
             record.save(result, self._out)
             if result["complete"]:
@@ -381,6 +381,13 @@ class Runner:
 def _name(run: Run) -> str:
     """What a run's network is called."""
     return "source" if run.role == "source" else f"{run.method}-{run.seed}"
+
+
+def _as_the_first(decided: bool) -> bool:
+    """What the first host has decided, whose clock the others go by."""
+    if jax.process_count() == 1:
+        return decided
+    return bool(multihost_utils.broadcast_one_to_all(np.array(decided)))
 
 
 def _wait(name: str) -> None:

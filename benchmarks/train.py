@@ -495,12 +495,16 @@ def train_step(
 
 def _criterion(training: Training, x, y, key):
     """Inputs as they are trained on, and the loss of outputs for them."""
+
+    def own(outputs: jax.Array) -> jax.Array:
+        return training.loss.of(outputs, y)
+
     if not training.augment:
-        return x, functools.partial(training.loss.of, labels=y)
+        return x, own
     targets = jax.nn.one_hot(y, training.classes)
     x, targets = augment(training.augment, key, x, targets)
     if not set(training.augment) & set(MIXING):
-        return x, functools.partial(training.loss.of, labels=y)
+        return x, own
     return x, functools.partial(optax.softmax_cross_entropy, labels=targets)
 
 

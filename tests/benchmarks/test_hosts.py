@@ -38,7 +38,8 @@ def together(tmp_path):
     cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     out = tmp_path / "together"
     several = ["--coordinator", address, "--processes", str(PROCESSES), "--minutes"]
-    command = [*COMMAND, *several, "60", "--out", str(out), "--process"]
+    several += ["60", "--checkpoint-seconds", "0.5"]
+    command = [*COMMAND, *several, "--out", str(out), "--process"]
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks", *command, str(i)],

@@ -458,7 +458,7 @@ def test_theory_is_reported_like_comparisons(tmp_path, monkeypatch, capsys):
     assert cli.main(["theory", "--out", str(tmp_path)]) == 0
     names = {"theory-figure4.json", "theory-figure4-errors.png"}
     assert {f.name for f in tmp_path.iterdir()} == names
-    assert (tmp_path / committed.name).read_text() == committed.read_text()
+    assert record.load(tmp_path / committed.name) == record.load(committed)
     assert f"The result is in {tmp_path / committed.name}" in capsys.readouterr().out
 
 
