@@ -83,8 +83,8 @@ class Group:
       progress: Where they are.
       rows: What was measured after each epoch.
       began: When they would have, had they never been interrupted.
-      what: What the next epoch is to the clock: the first is compiled before, which a
-        program that is not known yet has to allow for.
+      fresh: Whether nothing of it has been compiled, which takes time that a program
+        that is not known yet has to allow for.
     """
 
     runs: list[Run]
@@ -92,7 +92,7 @@ class Group:
     progress: Any
     rows: list[dict[str, Any]]
     began: float
-    what: str = "first epoch"
+    fresh: bool = True
 
     def seconds(self) -> float:
         """How long they have taken."""
@@ -218,7 +218,7 @@ class Runner:
             return False
         group = self._begin(runs, kept)
         while len(group.rows) < self._epochs(role):
-            if not clock.allows(group.what):
+            if not clock.allows(self._next_epoch(group)):
                 self._keep(group)
                 return False
             self._epoch(group)
@@ -241,20 +241,35 @@ class Runner:
 
     def _epoch(self, group: Group) -> None:
         """Trains for an epoch, and keeps the runs if it is time to."""
-        tuning, row = group.runs[0].role == "trial", {}
-        left = self._epochs(group.runs[0].role) - len(group.rows)
-        with self._clock.timed(group.what):
+        row = {}
+        with self._clock.timed(self._next_epoch(group)):
             group.progress = group.population.train(group.progress)
-            if not tuning or left <= self._settings.last:
+            jax.block_until_ready(group.progress)  # or else no time would seem to pass
+            if self._measures(group):
                 row = dict(group.population.measure(group.progress)._asdict())
-            if tuning and row:
+            if row and group.runs[0].role == "trial":
                 row["tested"] = group.population.test(group.progress)
         group.rows.append(row)
-        group.what = f"epoch {'-'.join(group.runs[0].program)}"
+        group.fresh = False
         for run in group.runs:
             self._tick(METHODS[run.method].label)
         if self._clock.keeps():
             self._keep(group)
+
+    def _measures(self, group: Group) -> bool:
+        """Whether something is measured after the next epoch.
+
+        Trials are chosen by the last ones alone.
+        """
+        left = self._epochs(group.runs[0].role) - len(group.rows)
+        return group.runs[0].role != "trial" or left <= self._settings.last
+
+    def _next_epoch(self, group: Group) -> str:
+        """What the clock knows it as."""
+        if group.fresh:
+            return "first epoch"
+        program = "-".join(group.runs[0].program)
+        return f"{'measured ' * self._measures(group)}epoch of {program}"
 
     def _finish(self, group: Group) -> None:
         """Makes cells of runs that have come to their end."""
@@ -361,7 +376,7 @@ class Runner:
         self._more["deployed"] = measure.deploy(kept, self._part.data, self._settings)
 
     def _save(self) -> dict:
-        """Writes the comparison as far as it is, cells of other processes included."""
+        """Writes the comparison as far as it is."""
         old = record.load(self._out) if self._out.exists() else {}
         more = {k: old[k] for k in assemble.OF_ALL if k in old} | self._more
         result = assemble.result(self._header, self._plan, self._cells, self._settings)
