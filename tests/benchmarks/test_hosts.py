@@ -15,8 +15,7 @@ import benchmarks.__main__ as cli
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMAND = ["compare", "--methods", "l2", "--epochs", "2", "--trials", "2"]
-COMMAND += ["--tuning-seeds", "1", "--seeds", "3", "--attacked", "10"]
-COMMAND += ["--attack-steps", "2", "--restarts", "2"]
+COMMAND += ["--tuning-seeds", "1", "--seeds", "3", "--attacked", "0"]
 PROCESSES = 2
 
 
