@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import models, record
-from benchmarks.cells import SOURCE_SEED, TUNING_SEED, Cell, Plan
+from benchmarks.cells import SOURCE_SEED, TUNING_SEED, Cell, Plan, Run
 from benchmarks.data import Dataset
 from benchmarks.environment import environment
 from benchmarks.measure import LOG10_EDGES, rounded
@@ -96,10 +96,11 @@ def header(settings: Settings, data: Dataset) -> dict[str, Any]:
 
 def _entry(name: str, plan: Plan, cells: Sequence[Cell]) -> dict[str, Any] | None:
     """What is known of a method, once it has a final run."""
-    finals = [c for c in cells if c["role"] == "final" and c["method"] == name]
-    chosen = plan.chosen(name, cells)
-    finals = [c for c in finals if c["hyperparameters"] == chosen]
-    if chosen is None or not finals:
+    if (chosen := plan.chosen(name, cells)) is None:
+        return None
+    wanted = {Run("final", name, chosen, cell["seed"]).key() for cell in cells}
+    finals = [cell for cell in cells if Run.of(cell).key() in wanted]
+    if not finals:
         return None
     curves = {c: [cell["curves"][c] for cell in finals] for c in finals[0]["curves"]}
     first = finals[0]

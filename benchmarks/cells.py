@@ -41,8 +41,12 @@ class Run(NamedTuple):
 
     def key(self) -> tuple:
         """What tells it from all other runs of a comparison."""
-        numbers = tuple(sorted((k, float(v)) for k, v in self.hyperparameters.items()))
-        return self.role, self.method, numbers, self.seed, self.trial
+        return self.role, self.method, self.numbers, self.seed, self.trial
+
+    @property
+    def numbers(self) -> tuple[tuple[str, str], ...]:
+        """The hyperparameters, to ten digits: machines differ in the last one."""
+        return tuple(sorted((k, f"{v:.10g}") for k, v in self.hyperparameters.items()))
 
     @property
     def program(self) -> tuple[str, str]:

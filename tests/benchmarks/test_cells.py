@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from benchmarks.cells import SOURCE_SEED, TUNING_SEED, Plan, Run, together
@@ -80,6 +81,16 @@ def test_runs_of_one_program_are_trained_together(monkeypatch):
     ]
     assert together(runs, None) == [runs[0], runs[3], runs[4]]
     assert together(runs, 2) == [runs[0], runs[3]]
+
+
+def test_machines_may_differ_in_the_last_digit():
+    """As their exponential functions do, by which spaces are filled."""
+    whole, cells = plan(), []
+    while missing := whole.missing(cells):
+        run = missing[0]
+        next_to = {k: float(np.nextafter(v, 1)) for k, v in run.hyperparameters.items()}
+        cells.append(cell(run._replace(hyperparameters=next_to)))
+    assert len(cells) == 9 and whole.count(cells) == 0
 
 
 @pytest.mark.parametrize("kept", [0, 3, 7])

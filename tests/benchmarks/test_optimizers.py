@@ -54,7 +54,8 @@ def test_the_cnn_form_and_the_output_layer_of_parseval():
         np.testing.assert_allclose(step[path], parseval_step(own[path]), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+# Those for ImageNet are the same at other strides.
+@pytest.mark.parametrize("name", [n for n in models.MODELS if "imagenet" not in n])
 def test_parseval_spares_the_output_layer_of_every_model(name):
     """And no other; all arrays are of two numbers an axis, which is quick."""
     shapes = shapes_for(name, 10)
