@@ -219,6 +219,7 @@ def test_trees_without_weights(name, params):
     chex.assert_trees_all_equal_structs(updates, params)
 
 
+@quick.bits
 @pytest.mark.parametrize("name", OURS)
 def test_inject_hyperparams_equals_the_plain_one(name):
     params, grads = tree(), tree()
@@ -230,13 +231,13 @@ def test_inject_hyperparams_equals_the_plain_one(name):
 
     injected = optax.inject_hyperparams(factory)(1e-2, 0.5, 0.9)
     got, state = compiled(injected)
-    chex.assert_trees_all_close(got, plain, rtol=1e-5)
+    chex.assert_trees_all_close(got, plain, rtol=1e-6)
     assert set(state.hyperparams) == {"learning_rate", "volume", "alpha"}
 
     shrinking = lambda count: 0.5 / (count + 1)  # noqa: E731
     scheduled, _ = compiled(optax.inject_hyperparams(factory)(1e-2, shrinking, 0.9))
     own, _ = compiled(FACTORIES[name](1e-2, shrinking, 0.9))
-    chex.assert_trees_all_close(scheduled, own, rtol=1e-5)
+    chex.assert_trees_all_close(scheduled, own, rtol=1e-6)
     assert name in UNBOXED or not np.allclose(own["kernel"], plain["kernel"])
 
 

@@ -123,9 +123,10 @@ def test_ranges_of_energy_go_by_the_size_of_the_product(digits, monkeypatch):
     squares = [float(jnp.sum(p**2)) for p in jax.tree.leaves(params) if p.ndim > 1]
     assert 0 in squares  # Fixup begins with zeros, which must not count
     energy = math.prod(square for square in squares if square)
+    energy = math.exp(round(math.log(energy), 1))  # so that machines agree
     spaces = made(images, model="resnet", methods=("none", "weissi")).spaces()
     want = np.array(METHODS["weissi"].space["energy"]) / energy
-    np.testing.assert_allclose(spaces["weissi"]["energy"], want, rtol=0.06)
+    np.testing.assert_allclose(spaces["weissi"]["energy"], want, rtol=1e-5)
 
 
 def test_a_source_is_kept_as_it_was(digits, tmp_path):
