@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import models, record
-from benchmarks.cells import SOURCE_SEED, TUNING_SEED, Cell, Plan, Run
+from benchmarks.cells import ROLES, SOURCE_SEED, TUNING_SEED, Cell, Plan, Run
 from benchmarks.data import Dataset
 from benchmarks.environment import environment
 from benchmarks.measure import LOG10_EDGES, rounded
@@ -159,9 +159,8 @@ def _order(settings: Settings):
     methods = ["none", *settings.methods]
 
     def key(cell: Cell):
-        roles = ("source", "trial", "final")
         return (
-            roles.index(cell["role"]),
+            ROLES.index(cell["role"]),
             methods.index(cell["method"]),
             -1 if cell["trial"] is None else cell["trial"],
             cell["seed"],
