@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 import weightreg as wr
-from weightreg._volumization._box import confine
+from weightreg._volumization._box import confine, round_to
 
 LOW = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 
@@ -79,6 +79,20 @@ def test_lands_on_the_best_value_that_any_increment_reaches(dtype):
     assert clipped > 100
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("wide", [np.float32, np.float64])
+def test_rounds_as_a_cast_does(dtype, wide):
+    """In a compiled program too, and to float16's subnormal numbers, as NumPy casts."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=20_000) * 2.0 ** rng.integers(-26, 16, 20_000)).astype(wide)
+    with jax.enable_x64(wide == np.float64), np.errstate(over="ignore"):
+        expected = x.astype(dtype).astype(wide)
+        rounded = jax.jit(lambda x: round_to(x, dtype))(x)
+        slope = jax.grad(lambda x: round_to(x, dtype).sum())(jnp.asarray(x))
+    np.testing.assert_array_equal(rounded, expected)
+    np.testing.assert_array_equal(slope, 1.0)
+
+
 @settings(deadline=None, max_examples=120)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -92,6 +106,7 @@ def test_lands_on_the_best_value_that_any_increment_reaches(dtype):
         st.integers(-10, 10).map(lambda k: 2.0**k),
     ),
 )
+@example(0, np.dtype(np.float16), 1e-3, 1e-30, 1e-8)  # The wall rounds to 0.
 def test_no_weight_is_outside_after_a_projection(seed, dtype, p_scale, u_scale, volume):
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)

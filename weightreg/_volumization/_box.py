@@ -114,11 +114,13 @@ def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     if dtype != jnp.float16:
         return rounded
     # reduce_precision flushes what is subnormal in float16 (below 6e-5: common
-    # increments). Adding and taking away a large number rounds to its grid instead.
+    # increments). Adding and taking away a large number rounds to its grid instead. The
+    # sum is positive, which XLA does not see: without `abs` it takes both away.
     tiny, grid = float(info.tiny), float(info.smallest_subnormal)
     large = x.dtype.type(1.5 * 2.0 ** jnp.finfo(x.dtype).nmant * grid)
     is_subnormal = lax.lt(lax.abs(x), x.dtype.type(tiny))
-    return lax.select(is_subnormal, lax.sub(lax.add(x, large), large), rounded)
+    on_grid = lax.sub(lax.abs(lax.add(x, large)), large)
+    return lax.select(is_subnormal, on_grid, rounded)
 
 
 def land(p: jax.Array, d: jax.Array, p_dtype, d_dtype) -> jax.Array:
