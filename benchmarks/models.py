@@ -94,6 +94,14 @@ MODELS: Mapping[str, Model] = {
         make=lambda classes: ResNet(classes, convex=True),
         output="Dense_0/kernel",
     ),
+    "resnet_small": Model(
+        make=lambda classes: ResNet(classes, blocks=1),
+        output="Dense_0/kernel",
+    ),
+    "resnet_small_convex": Model(
+        make=lambda classes: ResNet(classes, blocks=1, convex=True),
+        output="Dense_0/kernel",
+    ),
     "mlp_norm": Model(
         make=lambda classes: NormMLP((256,), classes),
         output="Dense_1/kernel",

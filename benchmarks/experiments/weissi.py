@@ -125,11 +125,13 @@ _SMOKE = {
     "attacked": 0,
     "epsilons": (),
 }
-# In small batches, without which so few examples make too few steps to learn from.
+# In small batches, without which so few examples make too few steps to learn from, and
+# at half the resolution.
 _CPU = {
     "examples": 5_000,
     "epochs": 16,
     "batch": 50,
+    "resize": 16,
     "seeds": 3,
     "trials": 8,
     "tested": 2_000,
@@ -137,8 +139,9 @@ _CPU = {
     "restarts": 2,
     "source_epochs": 8,
 }
-_CPU_WRN = {**_CPU, "epochs": 10}
+_CPU_WRN = {**_CPU, "epochs": 8}
 _CPU_ADVERSARIAL = {**_CPU, "epochs": 8}
+_CPU_WRN_ADVERSARIAL = {**_CPU, "epochs": 5, "source_epochs": 5}
 _FULL = {
     "trials": 4,
     "attacked": 1000,
@@ -283,7 +286,7 @@ TABLE3 = Experiment(
     limited={"smoke": ("convex",)},
     resized={
         ("cpu", "convex"): {
-            "model": "resnet_convex",
+            "model": "resnet_small_convex",
             "methods": (
                 "weissi_wrn_convex",
                 "parseval_wrn",
@@ -292,17 +295,17 @@ TABLE3 = Experiment(
             ),
         },
         ("cpu", "standard"): {
-            "model": "resnet",
+            "model": "resnet_small",
             "methods": ("weissi_wrn", "l2_wrn", "parseval_wrn", "l2", "weissi_cnn"),
         },
         ("cpu", "convex-adversarial"): {
-            **_CPU_ADVERSARIAL,
-            "model": "resnet_convex",
+            **_CPU_WRN_ADVERSARIAL,
+            "model": "resnet_small_convex",
             "methods": ("weissi_wrn_convex_adversarial", "parseval_wrn"),
         },
         ("cpu", "adversarial"): {
-            **_CPU_ADVERSARIAL,
-            "model": "resnet",
+            **_CPU_WRN_ADVERSARIAL,
+            "model": "resnet_small",
             "methods": ("weissi_wrn", "l2_wrn", "parseval_wrn"),
         },
     },
@@ -389,7 +392,7 @@ TABLE4 = Experiment(
     resized={
         ("cpu", "wrn"): {
             **_CPU_WRN,
-            "model": "resnet",
+            "model": "resnet_small",
             "methods": ("weissi_wrn", "l2_wrn"),
         },
         ("full", "wrn"): {"epochs": 200, "trials": 2},
