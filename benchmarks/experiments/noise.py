@@ -58,7 +58,10 @@ HUMAN = Experiment(
         "smoke": ("worse",),
         "cpu": ("worse", "synthetic40", "random1", "synthetic17"),
     },
-    resized={("cpu", part): {"methods": _ASKED} for part in ("random1", "synthetic17")},
+    resized={
+        ("cpu", part): {"methods": _ASKED}
+        for part in ("synthetic40", "random1", "synthetic17")
+    },
     paper={part: {} for part in _PARTS},
     claims={
         part: beaten("weissi", ("weight_decay",), "last")
