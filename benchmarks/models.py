@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from benchmarks import efficientnet
-from benchmarks.attention import LSTMAttention
 from benchmarks.networks import (
     CNN,
     MLP,
     VGG,
     DenseNet,
     EfficientNetLite0,
+    LSTMAttention,
     NormMLP,
     NormResNet,
     Resized,

@@ -5,6 +5,7 @@ inputs and parameters. Parameters and statistics of batches are float32. A netwo
 ``trains`` is another one in training, and is told so by ``train``.
 """
 
+from benchmarks.networks.attention import LSTMAttention
 from benchmarks.networks.cnn import CNN, UnstridedCNN
 from benchmarks.networks.dense import MLP, NormMLP
 from benchmarks.networks.densenet import DenseNet
@@ -20,6 +21,7 @@ __all__ = [
     "VGG",
     "DenseNet",
     "EfficientNetLite0",
+    "LSTMAttention",
     "NormMLP",
     "NormResNet",
     "ResNet",

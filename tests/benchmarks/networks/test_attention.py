@@ -12,7 +12,7 @@ from shapes import flat, shapes_of
 
 import weightreg as wr
 from benchmarks import models
-from benchmarks.attention import LSTM, LSTMAttention
+from benchmarks.networks.attention import LSTM, LSTMAttention
 
 SMALL = LSTMAttention(3, hidden=4)
 VECTORS = jax.random.normal(jax.random.key(1), (9, 5))
