@@ -296,7 +296,7 @@ TABLE3 = Experiment(
         },
         ("cpu", "standard"): {
             "model": "resnet_small",
-            "methods": ("weissi_wrn", "l2_wrn", "parseval_wrn", "l2", "weissi_cnn"),
+            "methods": ("weissi_wrn", "l2_wrn", "parseval_wrn"),
         },
         ("cpu", "convex-adversarial"): {
             **_CPU_WRN_ADVERSARIAL,
