@@ -183,11 +183,14 @@ TABLE2 = Experiment(
     },
     limited={"smoke": ("standard",)},
     resized={
+        ("cpu", "standard"): {
+            "methods": ("weissi_vgg", "l2_vgg", "parseval_vgg", "l2", "weissi_cnn")
+        },
         ("cpu", "adversarial"): {
             **_CPU_ADVERSARIAL,
             "model": "vgg_small",
             "methods": ("weissi_vgg_adversarial", "l2_vgg", "parseval_vgg"),
-        }
+        },
     },
     paper={
         "standard": _at_radii(
@@ -390,6 +393,7 @@ TABLE4 = Experiment(
     },
     limited={"smoke": ("vgg",)},
     resized={
+        ("cpu", "vgg"): {"methods": ("weissi_vgg", "l2_vgg")},
         ("cpu", "wrn"): {
             **_CPU_WRN,
             "model": "resnet_small",
