@@ -83,7 +83,7 @@ TABLES = Experiment(
     },
     scales={
         "smoke": {
-            "model": "resnet_norm",
+            "model": "mlp_norm",
             "examples": 100,
             "epochs": 1,
             "seeds": 1,
