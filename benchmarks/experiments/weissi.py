@@ -375,8 +375,8 @@ TABLE3 = Experiment(
         "Parseval OC. Energy and complexity alone are its ablation, of which it draws "
         "a figure and prints no numbers, as of energy, complexity and gradients. Its "
         "strengths are for the energy of WRN-28-10: in a smaller network they leave "
-        "the complexity alone. PGD tries two starts. On a CPU images are scaled to 16 by "
-        "16, and the network has 9 convolutions."
+        "the complexity alone. PGD tries two starts. On a CPU images are scaled to 16 "
+        "by 16, and the network has 9 convolutions."
     ),
 )
 
@@ -428,7 +428,7 @@ TABLE4 = Experiment(
     },
     note=(
         "The paper takes the median of three runs, by test accuracy, and does not say "
-        "how long its centres of classes are. On a CPU images and networks are those of "
-        "Tables 2 and 3."
+        "how long its centres of classes are. On a CPU images and networks are those "
+        "of Tables 2 and 3."
     ),
 )
